@@ -1,0 +1,79 @@
+# Every target sets up what it needs in .venv: Python, make and git are enough on a fresh machine.
+#   make test PYTHON=python3.13   makes .venv anew with that interpreter
+#   make test TORCH=2.11.0        installs that torch in place of the one constraints.txt pins
+# Without TORCH= the next run goes back to the pin. CONTRIBUTING.md has the plain `python -m` commands.
+
+PYTHON ?= python3
+TORCH ?=
+# Processes that run tests side by side, each with one torch thread.
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+RUN := $(BIN)/python
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two pip runs at once would break the environment.
+.NOTPARALLEL:
+.PHONY: help setup test test-statistics mutants demo lint format types ci build clean FORCE
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.stamp-tests $(VENV)/.stamp-lint $(VENV)/.stamp-examples  ## make .venv with everything for development
+
+test: $(VENV)/.stamp-tests  ## run the tests and the doctests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
+
+test-statistics: $(VENV)/.stamp-tests  ## run the statistical tests on fresh seeds
+	$(RUN) -m pytest -m statistics --fresh-seeds -s tests
+
+mutants: $(VENV)/.stamp-tests  ## plant bugs one by one and check that the tests find each
+	$(RUN) tests/mutants.py
+
+demo: $(VENV)/.stamp-examples  ## run the quickstart example
+	$(RUN) examples/quickstart.py
+
+lint: $(VENV)/.stamp-lint  ## check the format and the style
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+format: $(VENV)/.stamp-lint  ## format the code and apply the safe fixes
+	$(RUN) -m ruff check --fix-only .
+	$(RUN) -m ruff format .
+
+# pyright --verifytypes looks for the package in the first python on PATH, whatever --pythonpath says.
+types: $(VENV)/.stamp-lint  ## check the types, and that every public name has one
+	$(RUN) -m mypy --strict src
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pyright --verifytypes zograd --ignoreexternal
+
+ci: lint types test  ## run what CI runs
+
+build: $(VENV)/.stamp-build  ## build the source distribution and the wheel into dist/
+	$(RUN) -m build
+
+clean:  ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp .stamp-<extra> says that the extra of pyproject.toml is installed.
+$(VENV)/.stamp-%: pyproject.toml $(VENV)/constraints.txt
+	$(RUN) -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[$*]'
+	@touch $@
+
+# The two records below are looked at on each run, but change only if PYTHON or the constraints do.
+$(VENV)/constraints.txt: $(VENV)/.python constraints.txt FORCE
+	@$(if $(TORCH),sed 's/^torch==.*/torch==$(TORCH)/',cat) constraints.txt > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+# The base prefix is the same inside and outside a virtual environment, so an activated .venv is left as it is.
+IDENTITY := import sys; print(sys.base_prefix, sys.version)
+$(VENV)/.python: FORCE
+	@wanted=$$($(PYTHON) -c '$(IDENTITY)') || exit 1; \
+	if test "$$wanted" != "$$($(RUN) -c '$(IDENTITY)' 2>&1)"; then \
+		rm -f $@; $(PYTHON) -m venv --clear $(VENV) || exit 1; \
+	fi; \
+	test -e $@ || echo "$$wanted" > $@
+
+FORCE:

@@ -1,0 +1,259 @@
+"""The one ``torch.autograd.Function``: estimates in forward, contracts saved numbers in backward.
+
+``forward`` returns the value and what backward needs, as outputs, because only outputs survive every torch.func
+transform: for an objective of one value (or one a slice) the gradient estimate; for others the coefficients and the
+seed, from which backward replays the directions, so that no Jacobian is ever stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zograd._objective import Objective
+from zograd._random import draw_seed
+from zograd._tree import Arguments, Leaves, Space
+from zograd.errors import SecondDerivativeError
+from zograd.estimator import Estimate, Recipe, by_slice, contract, estimate, weigh
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from zograd._points import Directions
+
+__all__ = ["Plan", "differentiate"]
+
+
+@dataclass
+class Plan:
+    """One call of a decorated function without its tensors, which autograd has to see as inputs."""
+
+    fn: Callable[..., Any]
+    arguments: Arguments  # tensors replaced by None
+    positions: tuple[int, ...]  # where the tensors were, among the leaves
+    chosen: tuple[int, ...]  # which of the tensors are differentiated
+    recipe: Recipe
+    batch_dim: int | None
+    seed: int | None
+    generator: torch.Generator | None
+    kept: dict[int, Directions] = field(default_factory=dict)  # directions that cannot be replayed, by seed
+
+    def space(self, tensors: Sequence[torch.Tensor]) -> Space:
+        """The layout of the differentiated tensors."""
+        return Space.of(tuple(tensors[i] for i in self.chosen), self.batch_dim)
+
+    def estimate(self, tensors: Sequence[torch.Tensor], structure: Callable[[Leaves], Any] = tuple) -> Estimate:
+        """Draw the seed and estimate."""
+        leaves = self.arguments.leaves.copy()
+        for position, tensor in zip(self.positions, tensors, strict=True):
+            # Detached, so that what fn computes with it has no way into the caller's graph.
+            leaves[position] = tensor.detach().requires_grad_() if tensor.requires_grad else tensor
+        params = tuple(tensors[i].detach() for i in self.chosen)
+        requires_grad = tuple(tensors[i].requires_grad for i in self.chosen)
+        objective = Objective(self.fn, self.arguments.with_leaves(leaves), params, requires_grad)
+        seed = draw_seed(self.seed, self.generator)
+        return estimate(objective, self.recipe, self.space(tensors), seed, structure)
+
+    def directions(self, space: Space, seed: int) -> Directions:
+        """The directions of an earlier forward."""
+        return self.kept[seed] if seed in self.kept else self.recipe.directions(space, seed)
+
+
+def differentiate(plan: Plan, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The value of ``fn``, with the estimate behind it for autograd."""
+    value: torch.Tensor = _ZeroOrder.apply(plan, *tensors)[0]
+    return value
+
+
+class _ZeroOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(plan: Plan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        result = plan.estimate(tensors)
+        if result._flat is not None:
+            return result.value, result._flat
+        if not result.directions.replayable:
+            plan.kept[result.seed] = result.directions
+        return result.value, result.coefficients, torch.tensor(result.seed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:  # noqa: ANN401
+        plan, *tensors = inputs
+        ctx.plan = plan
+        ctx.space = plan.space(tensors)
+        ctx.inputs = len(tensors)
+        ctx.shape, ctx.dtype = output[0].shape, output[0].dtype
+        ctx.set_materialize_grads(False)
+        if len(output) > 2:
+            ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*output[1:])
+        ctx.save_for_forward(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
+        grads: list[Any] = [None] * (1 + ctx.inputs)
+        if cotangent is not None:
+            flat = _pull_back(ctx.plan, ctx.space, ctx.saved_tensors, cotangent)
+            for i, leaf in zip(ctx.plan.chosen, ctx.space.cast(ctx.space.split(flat)), strict=True):
+                grads[1 + i] = leaf
+        return tuple(grads)
+
+    @staticmethod
+    def jvp(ctx: Any, _plan: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:  # noqa: ANN401
+        payload, space = ctx.saved_tensors, ctx.space
+        columns = _push_forward(ctx.plan, space, payload, [tangents[i] for i in ctx.plan.chosen])
+        value = columns.reshape(ctx.shape).to(ctx.dtype)
+        # Whoever uses the payload's tangent meets the fence first: see _Fence.
+        return value, torch.zeros_like(payload[0]), *(None for _ in payload[1:])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: torch.Tensor) -> tuple[Any, Any]:  # noqa: ANN401
+        def instance(b: int) -> list[torch.Tensor]:
+            return [t if dim is None else t.select(dim, b) for t, dim in zip(tensors, in_dims[1:], strict=True)]
+
+        # One estimate an instance, a seed each, below the transform: fn may be numpy and may draw.
+        outs = [_ZeroOrder.apply(plan, *instance(b)) for b in range(info.batch_size)]
+        stacked = tuple(torch.stack(column) for column in zip(*outs, strict=True))
+        return stacked, (0,) * len(stacked)
+
+
+def _pull_back(plan: Plan, space: Space, payload: tuple[torch.Tensor, ...], cotangent: torch.Tensor) -> torch.Tensor:
+    """Cotangent times Jacobian, flat."""
+    payload = _fenced(payload)
+    if len(payload) > 1:
+        return _apply(_Contract, plan, space, payload[1], payload[0], cotangent)
+    weights = by_slice(cotangent.to(space.dtype), space, 0)
+    return (payload[0].view(space.slices, space.dim) * weights).view(-1)
+
+
+def _push_forward(
+    plan: Plan, space: Space, payload: tuple[torch.Tensor, ...], tangents: list[torch.Tensor | None]
+) -> torch.Tensor:
+    """Jacobian times tangent, of the shape of the value."""
+    like = [t for t in tangents if t is not None][0]
+    leaves = tuple(
+        like.new_zeros(shape) if t is None else t for t, shape in zip(tangents, space.shapes, strict=True)
+    )
+    payload, vector = _fenced(payload), space.join(leaves)
+    if len(payload) > 1:
+        return _apply(_Project, plan, space, payload[1], payload[0], vector)
+    rows = payload[0].view(space.slices, space.dim) * vector.view(space.slices, space.dim)
+    return rows.sum(dim=1)
+
+
+def _fenced(payload: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The payload, so that a derivative of it is an error: without the fence it would be zero without a sign."""
+    return (_apply(_Fence, payload[0]), *payload[1:]) if torch.is_grad_enabled() else payload
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:  # noqa: ANN401
+    out: torch.Tensor = function.apply(*args)
+    return out
+
+
+class _Fence(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(payload: torch.Tensor) -> torch.Tensor:
+        return payload.view_as(payload)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ANN401
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:  # noqa: ANN401
+        raise _no_second_derivative()
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:  # noqa: ANN401
+        raise _no_second_derivative()
+
+
+def _no_second_derivative() -> SecondDerivativeError:
+    return SecondDerivativeError(
+        "a second derivative was asked for (create_graph=True, or a nested torch.func transform), and an estimate has the "
+        "first one only. If the outer derivative does not concern the decorated function, detach its gradient."
+    )
+
+
+class _Contract(torch.autograd.Function):
+    """Coefficients and a cotangent to the flat gradient, the directions replayed."""
+
+    @staticmethod
+    def forward(
+        plan: Plan, space: Space, seed: torch.Tensor, coefficients: torch.Tensor, cotangent: torch.Tensor
+    ) -> torch.Tensor:
+        directions = plan.directions(space, int(seed))
+        return contract(directions, plan.recipe.sigma, weigh(coefficients, cotangent, space))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ANN401
+        ctx.plan, ctx.space, seed, coefficients, cotangent = inputs
+        ctx.save_for_backward(seed, coefficients, cotangent)
+
+    @staticmethod
+    def backward(ctx: Any, vector: torch.Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+        seed, coefficients, cotangent = ctx.saved_tensors
+        values = _apply(_Project, ctx.plan, ctx.space, seed, coefficients, vector)
+        # The coefficients come through a fence, which raises if anything asks for the zero here.
+        return None, None, None, torch.zeros_like(coefficients), values.to(cotangent.dtype)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, space: Space, *tensors: torch.Tensor) -> tuple[Any, int]:  # noqa: ANN401
+        return _each(_Contract, info.batch_size, in_dims, plan, space, tensors), 0
+
+
+class _Project(torch.autograd.Function):
+    """Coefficients and a flat tangent to a tangent of the value, the directions replayed: the transpose of _Contract."""
+
+    @staticmethod
+    def forward(
+        plan: Plan, space: Space, seed: torch.Tensor, coefficients: torch.Tensor, vector: torch.Tensor
+    ) -> torch.Tensor:
+        directions = plan.directions(space, int(seed))
+        leaves = zip(space.split(vector), plan.recipe.sigma, strict=True)
+        scaled = space.join(tuple(leaf / sigma for leaf, sigma in leaves))
+        family = directions.distribution
+        dots = [family.dot(space, directions.noise(lo, hi), scaled) for lo, hi in directions.blocks()]
+        columns = by_slice(coefficients, space, 1)
+        mean = (columns * torch.cat(dots).to(columns).unsqueeze(2)).mean(dim=0) * family.scale(space)
+        return _from_slices(mean, coefficients.shape[1:], space)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ANN401
+        ctx.plan, ctx.space, seed, coefficients, _ = inputs
+        ctx.save_for_backward(seed, coefficients)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+        seed, coefficients = ctx.saved_tensors
+        flat = _apply(_Contract, ctx.plan, ctx.space, seed, coefficients, cotangent)
+        return None, None, None, torch.zeros_like(coefficients), flat
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, space: Space, *tensors: torch.Tensor) -> tuple[Any, int]:  # noqa: ANN401
+        return _each(_Project, info.batch_size, in_dims, plan, space, tensors), 0
+
+
+def _from_slices(columns: torch.Tensor, shape: torch.Size, space: Space) -> torch.Tensor:
+    """(slices, outputs a slice) as the value's own shape."""
+    if space.batch_dim is None:
+        return columns.reshape(shape)
+    rest = shape[: space.batch_dim] + shape[space.batch_dim + 1 :]
+    return columns.reshape(space.slices, *rest).movedim(0, space.batch_dim)
+
+
+def _each(
+    function: type[torch.autograd.Function],
+    size: int,
+    in_dims: tuple[Any, ...],
+    plan: Plan,
+    space: Space,
+    tensors: tuple[torch.Tensor, ...],
+) -> torch.Tensor:
+    dims = in_dims[2:]
+    rows = ([t if d is None else t.select(d, b) for t, d in zip(tensors, dims, strict=True)] for b in range(size))
+    return torch.stack([_apply(function, plan, space, *row) for row in rows])

@@ -1,0 +1,228 @@
+"""The settings of an estimate as the user gives them, checked when made."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zograd._tree import numbers
+from zograd.distributions.adapter import adapt
+from zograd.evaluators import EVALUATORS, Evaluator
+from zograd.schemes import SCHEMES, Scheme
+
+if TYPE_CHECKING:
+    from zograd.distributions.base import Distribution
+    from zograd.shaping import Shaping
+
+__all__ = ["Options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of a decorated function, in their checked form.
+
+    Attributes:
+        distribution: what directions are drawn from.
+        method: the scheme.
+        argnums: the differentiated positional arguments; an int counts as a tuple of one.
+        num_samples: directions in one estimate.
+        sigma: the smoothing radius, a number or a tree of them matching the differentiated arguments.
+        evaluator: how ``fn`` is called on points.
+        shaping: what is done to the values first.
+        failures: what a failed evaluation means.
+        batch_dim: the dimension of independent slices.
+        generator: where each call's seed is drawn from.
+        seed: the seed of every call.
+    """
+
+    distribution: Distribution
+    method: Scheme
+    argnums: tuple[int, ...]
+    num_samples: int
+    sigma: Any
+    evaluator: Evaluator
+    shaping: Shaping | None
+    failures: str
+    batch_dim: int | None
+    generator: torch.Generator | None
+    seed: int | None
+    call: str = "zero_order"
+
+    @classmethod
+    def make(cls, call: str = "zero_order", **given: Any) -> Options:  # noqa: ANN401
+        """Check settings and bring them to one form.
+
+        Args:
+            call: the name of what the user called, which errors show.
+            **given: the settings, all of them but ``call``.
+
+        Returns:
+            The options.
+
+        Raises:
+            ValueError: if a setting is out of its range.
+            TypeError: if a setting is of a wrong type.
+        """
+        checked = {name: _CHECKS[name](value, f"`{call}({name}=...)`", call) for name, value in given.items()}
+        options = cls(**checked, call=call)
+        options._check_together()
+        return options
+
+    def replace(self, **changes: Any) -> Options:  # noqa: ANN401
+        """These options with some changed, checked again.
+
+        Args:
+            **changes: settings by name.
+
+        Returns:
+            New options.
+
+        Raises:
+            TypeError: if a name is not a setting.
+        """
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "call"}
+        for name in changes:
+            if name not in settings:
+                raise TypeError(f"`{self.call}` has no setting `{name}`; it has {', '.join(settings)}.")
+        return self.make(self.call, **{**settings, **changes})
+
+    def _check_together(self) -> None:
+        typed = f"`{self.call}(generator=..., seed=...)`"
+        if self.generator is not None and self.seed is not None:
+            raise ValueError(f"{typed} must not have both, got {self.generator} and {self.seed}: `seed` fixes every call.")
+        if self.shaping is not None and self.method.uses_center and not self.method.is_difference:
+            raise ValueError(f"`{self.call}(shaping=..., method={self.method})` needs a scheme whose weights sum to zero.")
+        if self.shaping is not None and self.batch_dim is not None:
+            raise ValueError(f"`{self.call}(shaping=..., batch_dim={self.batch_dim})`: shaping is for objectives of one value.")
+
+    def __repr__(self) -> str:
+        settings = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "call")
+        return f"Options({', '.join(settings)})"
+
+
+def _method(value: Any, typed: str, call: str) -> Scheme:  # noqa: ANN401 - whatever the user passed, here and below
+    if isinstance(value, Scheme):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"{typed} must be a name or a Scheme, got {type(value).__name__} {value!r}.")
+    if value not in SCHEMES:
+        raise ValueError(f"{typed} must be one of {', '.join(map(repr, SCHEMES))} or a Scheme, got {value!r}.")
+    return SCHEMES[value]
+
+
+def _argnums(value: Any, typed: str, call: str) -> tuple[int, ...]:  # noqa: ANN401
+    argnums = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not argnums or any(isinstance(a, bool) or not isinstance(a, int) for a in argnums):
+        raise TypeError(f"{typed} must be an int or a tuple of ints, got {value!r}.")
+    if min(argnums) < 0:
+        raise ValueError(f"{typed} must count positional arguments from 0, got {value!r}.")
+    if len(set(argnums)) != len(argnums):
+        raise ValueError(f"{typed} must not name an argument twice, got {value!r}.")
+    return argnums
+
+
+def _integer(value: Any, typed: str) -> int:  # noqa: ANN401
+    try:
+        if isinstance(value, (bool, torch.Tensor)):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{typed} must be an int, got {type(value).__name__} {value!r}.") from None
+
+
+def _num_samples(value: Any, typed: str, call: str) -> int:  # noqa: ANN401
+    num = _integer(value, typed)
+    if num < 1:
+        raise ValueError(f"{typed} must be at least 1, got {num}.")
+    return num
+
+
+def _sigma(value: Any, typed: str, call: str) -> Any:  # noqa: ANN401
+    leaves = numbers(value)
+    if not leaves:
+        raise ValueError(f"{typed} must be a positive number or a tree of them, got {value!r}.")
+    for leaf in leaves:
+        _check_radius(leaf, typed)
+    return value if isinstance(value, (tuple, list, dict)) else float(value)
+
+
+def _check_radius(value: Any, typed: str) -> None:  # noqa: ANN401
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        radius = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{typed} must be a number or a tree of numbers, got {type(value).__name__} {value!r:.80}.") from None
+    if not radius > 0:
+        raise ValueError(f"{typed} must be positive, got {radius!r}.")
+    if math.isinf(radius):
+        raise ValueError(f"{typed} must be finite, got {radius!r}.")
+
+
+def _evaluator(value: Any, typed: str, call: str) -> Evaluator:  # noqa: ANN401
+    if isinstance(value, Evaluator):
+        return value
+    if isinstance(value, type) and issubclass(value, Evaluator):
+        raise TypeError(f"{typed} must be an instance, got the class {value.__name__}: add `()`.")
+    if not isinstance(value, str):
+        raise TypeError(f"{typed} must be a name or an Evaluator, got {type(value).__name__} {value!r:.80}.")
+    if value not in EVALUATORS:
+        raise ValueError(f"{typed} must be one of {', '.join(map(repr, EVALUATORS))} or an Evaluator, got {value!r}.")
+    return EVALUATORS[value]()
+
+
+def _shaping(value: Any, typed: str, call: str) -> Shaping | None:  # noqa: ANN401
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"{typed} must be None or a function such as `zograd.shaping.leave_one_out`, got {type(value).__name__} {value!r}."
+        )
+    return value  # type: ignore[no-any-return]
+
+
+def _failures(value: Any, typed: str, call: str) -> str:  # noqa: ANN401
+    if value != "raise":
+        raise ValueError(f"{typed} must be 'raise', got {value!r}.")
+    return "raise"
+
+
+def _batch_dim(value: Any, typed: str, call: str) -> int | None:  # noqa: ANN401
+    if value is None:
+        return None
+    dim = _integer(value, typed)
+    if dim < 0:
+        raise ValueError(f"{typed} must count dimensions from 0, since leaves may differ in theirs, got {dim}.")
+    return dim
+
+
+def _generator(value: Any, typed: str, call: str) -> torch.Generator | None:  # noqa: ANN401
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"{typed} must be a torch.Generator or None, got {type(value).__name__} {value!r}.")
+    return value
+
+
+def _seed(value: Any, typed: str, call: str) -> int | None:  # noqa: ANN401
+    if value is None:
+        return None
+    seed = _integer(value, typed)
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"{typed} must lie in [0, 2**63), got {seed}.")
+    return seed
+
+
+_CHECKS: dict[str, Any] = {
+    "distribution": lambda value, _, call: adapt(value, call),
+    "method": _method,
+    "argnums": _argnums,
+    "num_samples": _num_samples,
+    "sigma": _sigma,
+    "evaluator": _evaluator,
+    "shaping": _shaping,
+    "failures": _failures,
+    "batch_dim": _batch_dim,
+    "generator": _generator,
+    "seed": _seed,
+}

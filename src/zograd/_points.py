@@ -1,0 +1,146 @@
+"""Directions and the points they lead to: lazy, sliceable, index arithmetic only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from zograd.errors import ReplayError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from zograd._tree import Leaves, Space
+    from zograd.distributions.base import Distribution, Noise
+
+__all__ = ["Directions", "Points"]
+
+
+class Directions:
+    """The directions of one estimate, each a function of (seed, num, index).
+
+    Nothing is stored but the span of blocks made last: what an evaluator has just used is what the estimator sums next,
+    so each direction is made once, and neither of them knows of the other. Only directions that cannot be made again (a
+    user's ``sample`` on numpy) are kept.
+
+    Args:
+        distribution: the family.
+        space: the layout of the parameters.
+        seed: 64 bits.
+        num: how many directions there are.
+    """
+
+    def __init__(self, distribution: Distribution, space: Space, seed: int, num: int) -> None:
+        self.distribution = distribution
+        self.space = space
+        self.seed = seed
+        self.num = num
+        self.block = distribution.rows(space, num)
+        self.replayable = distribution.replayable(space)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._span = range(0)
+        self._noise: Noise = ()
+        self._kept: list[Noise] = []
+
+    def __len__(self) -> int:
+        return self.num
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """The bounds of each block: the units of noise and of summation."""
+        return ((lo, min(lo + self.block, self.num)) for lo in range(0, self.num, self.block))
+
+    def noise(self, lo: int, hi: int) -> Noise:
+        """The noise of directions ``lo`` to ``hi``; valid until the next call."""
+        if not (self._span.start <= lo and hi <= self._span.stop):
+            self._load(lo // self.block, -(-hi // self.block))
+        start = self._span.start
+        return tuple(part[lo - start : hi - start] for part in self._noise)
+
+    def add_sum(self, lo: int, c: torch.Tensor, out: torch.Tensor) -> None:
+        """``out += sum_i c_i eps_i`` over the block that begins at ``lo``; ``c`` is (rows, slices)."""
+        self.distribution.add_sum(self.space, self.noise(lo, lo + len(c)), c, out)
+
+    def _load(self, first: int, last: int) -> None:
+        lo, hi = first * self.block, min(last * self.block, self.num)
+        if not self._noise or len(self._noise[0]) != hi - lo:
+            self._noise = self.distribution.empty(self.space, hi - lo)
+        self._span = range(0)  # in case drawing fails halfway
+        for block in range(first, last):
+            start = block * self.block - lo
+            self._draw(block, tuple(part[start : start + self.block] for part in self._noise))
+        self._span = range(lo, hi)
+
+    def _draw(self, block: int, noise: Noise) -> None:
+        if self.replayable:
+            self.distribution.draw(self.space, noise, self.seed, block)
+            return
+        while len(self._kept) <= block:
+            rows = min(self.block, self.num - len(self._kept) * self.block)
+            fresh = self.distribution.empty(self.space, rows)
+            self.distribution.draw(self.space, fresh, self.seed, len(self._kept))
+            self._kept.append(fresh)
+        for part, kept in zip(noise, self._kept[block], strict=True):
+            part.copy_(kept)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self.replayable:
+            raise ReplayError(
+                f"the directions of {self.distribution} cannot be made again elsewhere: its `sample` gave two answers for "
+                "one state of torch's random stream. Draw from torch's random functions in it."
+            )
+        return {**self.__dict__, "_span": range(0), "_noise": (), "_kept": []}
+
+    def __repr__(self) -> str:
+        return f"Directions({self.distribution}, num={self.num}, size={self.space.size}, seed={self.seed})"
+
+
+class Points:
+    """Where ``fn`` is evaluated: the center, and for each direction one point a side of the scheme.
+
+    Args:
+        params: the differentiated leaves, detached.
+        directions: the directions.
+        sigma: the smoothing radius of each leaf.
+        sides: the scheme's offsets without the center.
+    """
+
+    def __init__(self, params: Leaves, directions: Directions, sigma: tuple[float, ...], sides: tuple[float, ...]) -> None:
+        self.params = params
+        self.directions = directions
+        self.sides = sides
+        self._scales = {c: tuple(c * s for s in sigma) for c in sides}
+
+    def __len__(self) -> int:
+        return len(self.directions)
+
+    def center(self) -> Leaves:
+        """The parameters, as a copy that ``fn`` may write to."""
+        return tuple(p.clone() for p in self.params)
+
+    def rows(self, lo: int, hi: int) -> Iterator[Callable[[float], Leaves]]:
+        """For each direction, a function from a side's offset to its point."""
+        d = self.directions
+        parts = d.distribution.parts(d.space, d.noise(lo, hi))
+        for row in zip(*(part.unbind(0) for part in parts), strict=True):
+            yield lambda side, row=row: d.distribution.shift(d.space, self.params, row, self._scales[side])
+
+    def batch(self, lo: int, hi: int, side: float) -> Leaves:
+        """The points of directions ``lo`` to ``hi`` at one side, with a leading axis of rows."""
+        d = self.directions
+        parts = d.distribution.parts(d.space, d.noise(lo, hi))
+        return d.distribution.shift(d.space, self.params, parts, self._scales[side])
+
+    def spans(self, chunk: int, lo: int, hi: int | None) -> Iterator[tuple[int, int]]:
+        """Spans of about ``chunk`` directions that cover ``lo`` to ``hi`` and cut no block they could keep whole.
+
+        A span is either within one block or made of whole blocks: otherwise a block would have to be drawn twice.
+        """
+        stop, block = len(self) if hi is None else hi, self.directions.block
+        step = chunk // block * block or chunk
+        while lo < stop:
+            end = min(lo + step, stop) if chunk >= block and lo % block == 0 else min(lo + chunk, (lo // block + 1) * block)
+            yield lo, min(end, stop)
+            lo = min(end, stop)

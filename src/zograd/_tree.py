@@ -1,0 +1,210 @@
+"""Nested arguments to a tuple of float leaves and back; the only module that imports optree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
+from typing import Any, TypeAlias
+
+import optree
+import torch
+
+__all__ = ["Arguments", "Leaves", "Space", "flatten", "sigma_per_leaf"]
+
+Leaves: TypeAlias = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A call's arguments, taken apart: what is differentiated, the other tensors, and everything else."""
+
+    argnums: tuple[int | str, ...]
+    leaves: list[Any]
+    spec: optree.PyTreeSpec
+    trees: list[optree.PyTreeSpec]  # the structure of each differentiated argument
+    spans: list[range]  # and where its leaves are
+    chosen: tuple[int, ...]  # the leaves that are differentiated
+
+    def params(self) -> Leaves:
+        """The differentiated leaves."""
+        return tuple(self.leaves[i] for i in self.chosen)
+
+    def with_leaves(self, leaves: list[Any]) -> Arguments:
+        """The same call with other leaves."""
+        return replace(self, leaves=leaves)
+
+    def builder(self) -> Callable[[Leaves], tuple[list[Any], dict[str, Any]]]:
+        """A function from the differentiated leaves to the call's arguments.
+
+        What is not differentiated is put together once, so that a point costs what its own arguments cost.
+        """
+        args, kwargs = optree.tree_unflatten(self.spec, self.leaves)
+        slots = list(zip(self.argnums, map(self._filler, self.trees, self.spans), strict=True))
+
+        def build(params: Leaves) -> tuple[list[Any], dict[str, Any]]:
+            positional, keyword = list(args), dict(kwargs)
+            for argnum, fill in slots:
+                if isinstance(argnum, int):
+                    positional[argnum] = fill(params)
+                else:
+                    keyword[argnum] = fill(params)
+            return positional, keyword
+
+        return build
+
+    def _filler(self, tree: optree.PyTreeSpec, span: range) -> Callable[[Leaves], Any]:
+        places = {i: k for k, i in enumerate(self.chosen)}
+        if tree.is_leaf() and span[0] in places:
+            return itemgetter(places[span[0]])
+        fixed, chosen = [self.leaves[i] for i in span], [(i - span.start, places[i]) for i in span if i in places]
+
+        def fill(params: Leaves) -> Any:  # noqa: ANN401 - the structure of the argument
+            leaves = fixed.copy()
+            for i, k in chosen:
+                leaves[i] = params[k]
+            return optree.tree_unflatten(tree, leaves)
+
+        return fill
+
+    def structure(self, per_leaf: Sequence[Any], *, several: bool) -> Any:  # noqa: ANN401 - a tree of anything
+        """One value a differentiated leaf, in the structure of the differentiated arguments; None at the others."""
+        values = dict(zip(self.chosen, per_leaf, strict=True))
+        trees = [
+            optree.tree_unflatten(tree, [values.get(i) for i in span])
+            for tree, span in zip(self.trees, self.spans, strict=True)
+        ]
+        return tuple(trees) if several else trees[0]
+
+
+def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Sequence[int | str]) -> Arguments:
+    """Take a call apart.
+
+    Args:
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+        argnums: the differentiated ones, an index into ``args`` or a key of ``kwargs`` each.
+
+    Returns:
+        The arguments, with every leaf in ``argnums`` that is a floating or complex tensor chosen.
+    """
+    leaves, spec = optree.tree_flatten((args, kwargs))
+    positional, keyword = spec.children()
+    starts = _starts([*positional.children(), *keyword.children()])
+    names = [*range(len(args)), *keyword.entries()]
+    trees, spans = [], []
+    for argnum in argnums:
+        tree, start = starts[names.index(argnum)]
+        trees.append(tree)
+        spans.append(range(start, start + tree.num_leaves))
+    chosen = tuple(i for span in spans for i in span if _is_float(leaves[i]))
+    return Arguments(tuple(argnums), leaves, spec, trees, spans, chosen)
+
+
+def _starts(trees: Sequence[optree.PyTreeSpec]) -> list[tuple[optree.PyTreeSpec, int]]:
+    starts, start = [], 0
+    for tree in trees:
+        starts.append((tree, start))
+        start += tree.num_leaves
+    return starts
+
+
+def _is_float(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool) -> tuple[float, ...]:  # noqa: ANN401
+    """The smoothing radius of each differentiated leaf, from a number or a tree of numbers.
+
+    Raises:
+        ValueError: if ``sigma`` is a tree of another structure than the differentiated arguments.
+    """
+    if isinstance(sigma, (int, float)):
+        return (float(sigma),) * len(arguments.chosen)
+    trees = sigma if several and isinstance(sigma, (tuple, list)) else (sigma,)
+    specs = [optree.tree_structure(tree) for tree in trees]
+    if specs != arguments.trees:
+        wanted = arguments.structure(["..."] * len(arguments.chosen), several=several)
+        raise ValueError(
+            f"`zero_order(sigma=...)` must be a number or have the structure of the differentiated arguments, {wanted}, "
+            f"got {sigma}."
+        )
+    values = [leaf for tree in trees for leaf in optree.tree_leaves(tree)]
+    positions = [i for span in arguments.spans for i in span]
+    by_position = dict(zip(positions, values, strict=True))
+    return tuple(float(by_position[i]) for i in arguments.chosen)
+
+
+def numbers(tree: Any) -> list[Any]:  # noqa: ANN401
+    """The leaves of a tree of numbers."""
+    return list(optree.tree_leaves(tree))
+
+
+@dataclass(frozen=True)
+class Space:
+    """The flat layout of the differentiated leaves in one compute dtype.
+
+    With ``batch_dim`` every leaf carries ``slices`` independent slices along that dimension, and the layout is
+    (slices, dim): all leaves of slice 0, then all of slice 1. Otherwise there is one slice.
+    """
+
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+    batch_dim: int | None = None
+    slices: int = 1
+    dtype: torch.dtype = field(init=False)
+    dim: int = field(init=False)  # values in one slice
+    bounds: tuple[tuple[int, int], ...] = field(init=False)
+    simple: bool = field(init=False)  # one leaf that is its own flat vector
+
+    def __post_init__(self) -> None:
+        sizes = [shape.numel() // self.slices for shape in self.shapes]
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        double = torch.float64 in self.dtypes
+        # Noise and sums in a leaf's own half precision would lose what the differences measure.
+        object.__setattr__(self, "dtype", torch.float64 if double else torch.float32)
+        object.__setattr__(self, "dim", sum(sizes))
+        object.__setattr__(self, "bounds", tuple(zip([0, *ends[:-1]], ends, strict=True)))
+        object.__setattr__(self, "simple", len(sizes) == 1 and len(self.shapes[0]) == 1 and self.batch_dim is None)
+
+    @classmethod
+    def of(cls, params: Leaves, batch_dim: int | None = None) -> Space:
+        """The layout of some leaves, all on one device."""
+        slices = 1 if batch_dim is None else params[0].shape[batch_dim]
+        shapes = tuple(p.shape for p in params)
+        return cls(shapes, tuple(p.dtype for p in params), params[0].device, batch_dim, slices)
+
+    @property
+    def size(self) -> int:
+        """All values of all slices."""
+        return self.slices * self.dim
+
+    def split(self, flat: torch.Tensor) -> Leaves:
+        """Views of ``(*lead, size)`` as leaves of shape ``(*lead, *shape)``, in the compute dtype."""
+        if self.simple:
+            return (flat,)
+        lead = flat.shape[:-1]
+        if self.batch_dim is None:
+            return tuple(
+                flat[..., a:b].view(*lead, *shape) for (a, b), shape in zip(self.bounds, self.shapes, strict=True)
+            )
+        rows = flat.view(*lead, self.slices, self.dim)
+        return tuple(self._leaf(rows[..., a:b], i) for i, (a, b) in enumerate(self.bounds))
+
+    def _leaf(self, rows: torch.Tensor, i: int) -> torch.Tensor:
+        assert self.batch_dim is not None  # noqa: S101 - for the type checker
+        lead, shape = rows.shape[:-2], self.shapes[i]
+        rest = shape[: self.batch_dim] + shape[self.batch_dim + 1 :]
+        return rows.reshape(*lead, self.slices, *rest).movedim(len(lead), len(lead) + self.batch_dim)
+
+    def join(self, leaves: Leaves) -> torch.Tensor:
+        """The flat vector of some leaves of these shapes."""
+        if self.batch_dim is None:
+            return torch.cat([leaf.reshape(-1).to(self.dtype) for leaf in leaves])
+        rows = [leaf.movedim(self.batch_dim, 0).reshape(self.slices, -1).to(self.dtype) for leaf in leaves]
+        return torch.cat(rows, dim=1).reshape(-1)
+
+    def cast(self, leaves: Leaves) -> Leaves:
+        """Leaves in their own dtypes."""
+        return tuple(leaf.to(dtype) for leaf, dtype in zip(leaves, self.dtypes, strict=True))

@@ -1,0 +1,333 @@
+"""``zero_order``: the front door for functions."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import pickle
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec
+
+import torch
+
+from zograd._autograd import Plan, differentiate
+from zograd._objective import as_tensor, function_name
+from zograd._options import Options
+from zograd._random import plain_call
+from zograd._tree import Arguments, flatten, sigma_per_leaf
+from zograd.estimator import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from zograd.distributions.adapter import DistributionLike
+    from zograd.estimator import Estimate
+    from zograd.evaluators.base import Evaluator
+    from zograd.schemes import Scheme
+    from zograd.shaping import Shaping
+
+__all__ = ["ZeroOrderFunction", "zero_order"]
+
+P = ParamSpec("P")
+
+
+class ZeroOrderFunction(Generic[P]):
+    """A function with a gradient from its values; made by :func:`zero_order`."""
+
+    def __init__(self, fn: Callable[P, Any], options: Options) -> None:
+        functools.update_wrapper(self, fn)
+        self.fn = fn
+        self.options = options
+        self._typed = function_name(fn)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
+        """Call ``fn``; the result carries the estimate where a gradient can be asked for.
+
+        Args:
+            *args: the arguments of ``fn``.
+            **kwargs: likewise.
+
+        Returns:
+            The value of ``fn`` at its arguments, as a tensor.
+        """
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._plain(args, kwargs) if not torch.is_grad_enabled() else _outside_the_graph(self, args, kwargs)
+        arguments = self._arguments(args, kwargs)
+        transformed = torch._C._are_functorch_transforms_active()
+        chosen = tuple(i for i in arguments.chosen if arguments.leaves[i].requires_grad)
+        if not chosen and (transformed or _has_tangent(arguments)):
+            chosen = arguments.chosen  # forward-mode and vmapped tensors do not say so
+        if not chosen:
+            return self._plain(args, kwargs)
+        return differentiate(*self._plan(replace(arguments, chosen=chosen), arguments))
+
+    def estimate(self, *args: P.args, **kwargs: P.kwargs) -> Estimate:
+        """Estimate the gradient of every floating leaf of the differentiated arguments, without autograd.
+
+        Args:
+            *args: the arguments of ``fn``.
+            **kwargs: likewise.
+
+        Returns:
+            The estimate: value, gradient and all they were made of.
+        """
+        arguments = self._arguments(args, kwargs)
+        plan, tensors = self._plan(arguments, arguments)
+        several = len(self.options.argnums) > 1
+        return plan.estimate(tensors, functools.partial(arguments.structure, several=several))
+
+    def replace(self, **options: Any) -> ZeroOrderFunction[P]:  # noqa: ANN401 - the settings by name
+        """The same function with other options.
+
+        Args:
+            **options: settings of :func:`zero_order` by name.
+
+        Returns:
+            A new decorated function; this one is as before.
+        """
+        return ZeroOrderFunction(self.fn, self.options.replace(**options))
+
+    def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        if not self.options.evaluator.batched:
+            return _any_tensor(plain_call(self.fn, args, kwargs), self._typed)
+        arguments = self._arguments(args, kwargs)
+        params = tuple(p.unsqueeze(0) for p in arguments.params())
+        built, keywords = arguments.builder()(params)
+        return _any_tensor(plain_call(self.fn, tuple(built), keywords, rows=1), self._typed)[0]
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        arguments = flatten(args, kwargs, [self._place(a, args, kwargs) for a in self.options.argnums])
+        if not arguments.chosen:
+            raise ValueError(
+                f"`{self.options.call}(argnums={self.options.argnums})`: there is no floating-point tensor to differentiate in "
+                f"these arguments of {self._typed}. (For a method, argument 0 is the one after `self`.)"
+            )
+        _check_leaves(arguments.params(), self.options)
+        return arguments
+
+    def _place(self, argnum: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+        """Where the differentiated argument is: an index, or its name if it came by keyword."""
+        if argnum < len(args):
+            return argnum
+        names = self._positional_names
+        if argnum < len(names) and names[argnum] in kwargs:
+            return names[argnum]
+        raise ValueError(
+            f"`{self.options.call}(argnums={self.options.argnums})` must count arguments of the call, got {argnum} where "
+            f"{self._typed} was called with {len(args)} positional argument{'s' * (len(args) != 1)}"
+            f"{' and ' + ', '.join(kwargs) if kwargs else ''}."
+        )
+
+    @functools.cached_property
+    def _positional_names(self) -> list[str]:
+        parameters = inspect.signature(self.fn).parameters.values()
+        return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+    def _plan(self, arguments: Arguments, every: Arguments) -> tuple[Plan, list[torch.Tensor]]:
+        o = self.options
+        positions = tuple(i for i, leaf in enumerate(arguments.leaves) if isinstance(leaf, torch.Tensor))
+        tensors = [arguments.leaves[i] for i in positions]
+        index = {position: k for k, position in enumerate(positions)}
+        blank: list[Any] = [None if i in index else leaf for i, leaf in enumerate(arguments.leaves)]
+        sigmas = dict(zip(every.chosen, sigma_per_leaf(o.sigma, every, several=len(o.argnums) > 1), strict=True))
+        recipe = Recipe(
+            o.distribution,
+            o.method,
+            o.num_samples,
+            tuple(sigmas[i] for i in arguments.chosen),
+            o.evaluator,
+            o.shaping,
+        )
+        chosen = tuple(index[i] for i in arguments.chosen)
+        plan = Plan(
+            self.fn, arguments.with_leaves(blank), positions, chosen, recipe, o.batch_dim, o.seed, o.generator
+        )
+        return plan, tensors
+
+    def __get__(self, instance: object, owner: type | None = None) -> ZeroOrderFunction[Any]:
+        if instance is None:
+            return self
+        return ZeroOrderFunction(self.fn.__get__(instance, owner), self.options)  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ZeroOrderFunction[P]:
+        options = self.options
+        if options.generator is not None:
+            twin = torch.Generator(options.generator.device)
+            twin.set_state(options.generator.get_state())
+            options = replace(options, generator=twin)
+        return ZeroOrderFunction(copy.deepcopy(self.fn, memo), options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        module, name = getattr(self.fn, "__module__", None), getattr(self.fn, "__qualname__", None)
+        found = _look_up(module, name)
+        if found is self:
+            return _look_up, (module, name)
+        if "<" in (name or ""):
+            raise pickle.PicklingError(
+                f"{self._typed} cannot be pickled: lambdas and functions defined inside functions have no name that another "
+                "process could import. Define it at the top of a module, and pass what it closes over as arguments."
+            )
+        return ZeroOrderFunction, (self.fn, self.options)
+
+    def __repr__(self) -> str:
+        return f"ZeroOrderFunction({self._typed.strip('`')}, {self.options})"
+
+
+def _outside_the_graph(function: ZeroOrderFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Under torch.compile: break the graph here, since a compiled graph cannot hold generators and user code."""
+    torch._dynamo.graph_break()
+    return function(*args, **kwargs)
+
+
+def _look_up(module: str | None, name: str | None) -> Any:  # noqa: ANN401 - whatever stands there
+    if module is None or name is None:
+        return None
+    if module not in sys.modules:
+        __import__(module)
+    return functools.reduce(lambda thing, part: getattr(thing, part, None), name.split("."), sys.modules[module])
+
+
+def _any_tensor(out: Any, name: str) -> torch.Tensor:  # noqa: ANN401 - whatever fn returned
+    return out if isinstance(out, torch.Tensor) else as_tensor(out, name)
+
+
+def _has_tangent(arguments: Arguments) -> bool:
+    return any(torch.autograd.forward_ad.unpack_dual(p).tangent is not None for p in arguments.params())
+
+
+def _check_leaves(params: Sequence[torch.Tensor], options: Options) -> None:
+    typed = f"`{options.call}(argnums={options.argnums})`"
+    for p in params:
+        kind = _unsupported(p)
+        if kind:
+            raise TypeError(f"{typed}: differentiated tensors must be dense and real, got {kind} of shape {tuple(p.shape)}.")
+    if len({p.device for p in params}) > 1:
+        raise ValueError(f"{typed}: differentiated tensors must be on one device, got {sorted({str(p.device) for p in params})}.")
+    if not any(p.numel() for p in params):
+        raise ValueError(f"{typed}: the differentiated tensors have no elements, got shapes {[tuple(p.shape) for p in params]}.")
+    if options.batch_dim is not None:
+        _check_slices(params, options.batch_dim, options.call)
+
+
+def _unsupported(p: torch.Tensor) -> str | None:
+    if p.is_complex():
+        return f"a complex tensor ({p.dtype})"
+    if p.layout != torch.strided:
+        return f"a sparse tensor ({p.layout})"
+    if p.is_quantized:
+        return f"a quantized tensor ({p.dtype})"
+    if p.is_meta:
+        return "a meta tensor (without values)"
+    if hasattr(p, "device_mesh"):
+        return "a DTensor (differentiate its local part)"
+    return None
+
+
+def _check_slices(params: Sequence[torch.Tensor], batch_dim: int, call: str) -> None:
+    typed, shapes = f"`{call}(batch_dim={batch_dim})`", [tuple(p.shape) for p in params]
+    if any(p.dim() <= batch_dim for p in params):
+        raise ValueError(f"{typed}: every differentiated tensor must have that dimension, got shapes {shapes}.")
+    if len({p.shape[batch_dim] for p in params}) > 1:
+        raise ValueError(f"{typed}: differentiated tensors must have equally many slices, got shapes {shapes}.")
+
+
+def zero_order(
+    distribution: DistributionLike | None = None,
+    method: str | Scheme = "naive",
+    argnums: int | tuple[int, ...] = (0,),
+    num_samples: int = 1,
+    sigma: Any = 1.0,  # noqa: ANN401 - a number or any tree of numbers
+    *,
+    evaluator: str | Evaluator = "loop",
+    shaping: Shaping | None = None,
+    failures: str = "raise",
+    batch_dim: int | None = None,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+) -> Callable[[Callable[P, Any]], ZeroOrderFunction[P]]:
+    r"""Give a function a gradient from its values alone.
+
+    .. math:: \nabla f_\sigma(\theta) \approx \frac{1}{N \sigma} \sum_{i=1}^{N} \epsilon_i
+              \sum_j w_j f(\theta + \sigma c_j \epsilon_i)
+
+    The decorated function returns what ``fn`` returns at its arguments; ``backward()``, ``torch.autograd.grad`` and the
+    torch.func transforms see the estimate. ``fn`` runs in the forward pass only. Without grad mode, or with nothing that
+    requires grad, it is called once and that is all.
+
+    Args:
+        distribution: directions of mean 0 and variance 1 a value: one of :mod:`zograd.distributions`, an object with
+            ``sample(sample_shape=...)``, a function of the shape, or ``torch.distributions.Normal(0, 1)``. None is the
+            standard Gaussian.
+        method: ``"naive"`` (N + 1 evaluations), ``"forward"`` (N + 1), ``"antithetic"`` (2N + 1), ``"fourth_order"``
+            (4N + 1), or a :class:`~zograd.schemes.Scheme`. Naive has no baseline: its variance grows with the square of
+            the objective's level.
+        argnums: the positional arguments to differentiate, each a tensor or any nested tree; integer and frozen
+            (``requires_grad=False``) leaves are left alone. For a method, 0 is the argument after ``self``.
+        num_samples: N, the number of directions.
+        sigma: the radius of the smoothing, in units of the parameters: bias grows with its square, and noise in ``fn``
+            is divided by it. A number, or a tree of them in the structure of the differentiated argument.
+        evaluator: ``"loop"`` (any ``fn``), ``"vmap"`` (many directions at once, for torch operations),
+            ``"batched"`` (``fn`` takes a leading axis of parameter sets), or an instance.
+        shaping: a function of all values at once, such as :func:`~zograd.shaping.leave_one_out`.
+        failures: ``"raise"``: an evaluation that fails or is not finite raises.
+        batch_dim: ``fn`` maps the slices along this dimension independently, and each gets a direction and coefficient
+            of its own. Check it with :func:`zograd.check_slices`: the gradient is wrong if ``fn`` mixes slices.
+        generator: where the seed of each call is drawn from; torch's global stream otherwise, one draw a call.
+        seed: the seed of every call: the same directions each time, for line searches and gradcheck.
+
+    Returns:
+        A decorator. What it returns also has ``estimate(...)``, ``options`` and ``replace(...)``.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+        TypeError: if a setting is of a wrong type.
+
+    Examples:
+        >>> import torch, zograd
+        >>> @zograd.zero_order(method="antithetic", num_samples=500, sigma=0.1, seed=0)
+        ... def loss(x):
+        ...     return (x.round() - 3).abs().sum()  # a staircase: its own gradient is zero
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> optimizer = torch.optim.SGD([x], lr=0.5)
+        >>> for _ in range(10):
+        ...     optimizer.zero_grad()
+        ...     loss.replace(sigma=1.0)(x).backward()
+        ...     optimizer.step()
+        >>> x.round().tolist()
+        [3.0, 3.0]
+
+    References:
+        Salimans et al. (arXiv:1703.03864); Nesterov & Spokoiny (2017); Choromanski et al. (arXiv:1804.02395).
+    """
+    options = Options.make(
+        distribution=distribution,
+        method=method,
+        argnums=argnums,
+        num_samples=num_samples,
+        sigma=sigma,
+        evaluator=evaluator,
+        shaping=shaping,
+        failures=failures,
+        batch_dim=batch_dim,
+        generator=generator,
+        seed=seed,
+    )
+
+    def decorate(fn: Callable[P, Any]) -> ZeroOrderFunction[P]:
+        if isinstance(fn, torch.nn.Module):
+            raise TypeError(
+                f"`zero_order` decorates functions, got the module {type(fn).__name__}: use `zograd.nn.ZeroOrder(module, ...)`, "
+                "which differentiates its parameters."
+            )
+        if not callable(fn):
+            raise TypeError(
+                f"`zero_order(...)` must decorate a callable, got {type(fn).__name__} {fn!r:.80}. (Without settings, too, it "
+                "is called first: `@zero_order()`.)"
+            )
+        if isinstance(fn, ZeroOrderFunction):
+            raise TypeError(f"{function_name(fn.fn)} is decorated already: use `.replace(...)` to change its options.")
+        return ZeroOrderFunction(fn, options)
+
+    return decorate

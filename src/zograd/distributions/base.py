@@ -1,0 +1,136 @@
+"""What a distribution of directions owes the rest of the library."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, TypeAlias
+
+import torch
+
+from zograd._random import Purpose, key
+from zograd._tree import Leaves, Space
+
+__all__ = ["Dense", "Distribution", "Noise"]
+
+Noise: TypeAlias = tuple[torch.Tensor, ...]
+
+BLOCK = 1 << 16  # values in a block: smaller ones make Python loops, larger ones leave the cache
+TILE = 1 << 15  # values in one stream: CUDA streams of one seed agree between GPU models up to here
+
+
+class Distribution(ABC):
+    r"""Directions :math:`\epsilon` of mean zero with :math:`s \, \mathbb{E}[\epsilon \epsilon^\top] = I`, s the scale.
+
+    Directions are over the whole flattened parameter vector (with ``batch_dim``, over each slice's). They come in blocks
+    of rows, a block being the unit of noise and of summation; a block is a function of ``(seed, block)`` alone. The
+    noise of some rows is a tuple of tensors with a leading row axis, in whatever form the family likes.
+    """
+
+    gaussian_marginals: ClassVar[bool] = False
+    """Whether each direction's marginals are standard normal: what Stein's identities rest on."""
+    independent: ClassVar[bool] = True
+    """Whether directions are independent of each other: what a standard error over directions rests on."""
+
+    def scale(self, space: Space) -> float:
+        """The factor s above."""
+        del space
+        return 1.0
+
+    def replayable(self, space: Space) -> bool:
+        """Whether ``draw`` gives the same noise for the same key each time."""
+        del space
+        return True
+
+    @abstractmethod
+    def rows(self, space: Space, num: int) -> int:
+        """Directions in one block, of ``num`` in all."""
+
+    @abstractmethod
+    def empty(self, space: Space, rows: int) -> Noise:
+        """Room for the noise of some rows."""
+
+    @abstractmethod
+    def draw(self, space: Space, noise: Noise, seed: int, block: int) -> None:
+        """Fill ``noise`` with the block's directions."""
+
+    @abstractmethod
+    def parts(self, space: Space, noise: Noise) -> Noise:
+        """What ``shift`` takes: tensors with a leading row axis, which may be taken off."""
+
+    @abstractmethod
+    def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> Leaves:
+        """The point ``params + scale * eps``, ``scale`` by leaf; a row axis of ``parts`` is kept in front."""
+
+    @abstractmethod
+    def add_sum(self, space: Space, noise: Noise, c: torch.Tensor, out: torch.Tensor) -> None:
+        """``out += sum_i c_i eps_i``, with ``c`` of shape (rows, slices) and ``out`` of shape (size,)."""
+
+    @abstractmethod
+    def dot(self, space: Space, noise: Noise, vector: torch.Tensor) -> torch.Tensor:
+        """``eps_i . vector`` for each row and slice, with ``vector`` of shape (size,)."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+class Dense(Distribution):
+    """A family whose noise is a plain matrix; a simple one writes ``fill`` and nothing else."""
+
+    @abstractmethod
+    def fill(self, out: torch.Tensor, generator: torch.Generator) -> None:
+        """Fill a vector with values of mean 0 and variance 1, in place."""
+
+    def rows(self, space: Space, num: int) -> int:
+        """As many rows as make about 2**16 values."""
+        del num
+        return max(1, BLOCK // space.size)
+
+    def empty(self, space: Space, rows: int) -> Noise:
+        """One matrix (rows, size) in the compute dtype."""
+        return (torch.empty(rows, space.size, dtype=space.dtype, device=space.device),)
+
+    def draw(self, space: Space, noise: Noise, seed: int, block: int) -> None:
+        """Fill the block by tiles, a stream each."""
+        values = noise[0].view(-1)
+        tiles = -(-max(BLOCK, space.size) // TILE)  # of a whole block, so that a last, partial one keeps its keys
+        generator = torch.Generator(space.device)
+        for tile, part in enumerate(values.split(TILE)):
+            generator.manual_seed(key(seed, Purpose.DIRECTION, block * tiles + tile))
+            self.fill(part, generator)
+
+    def parts(self, space: Space, noise: Noise) -> Noise:
+        """Views by leaf."""
+        return space.split(noise[0])
+
+    def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> Leaves:
+        """Each leaf moved in the compute dtype and rounded once."""
+        return tuple(map(_shift, params, parts, scale))
+
+    def add_sum(self, space: Space, noise: Noise, c: torch.Tensor, out: torch.Tensor) -> None:
+        """One matrix-vector product a block."""
+        rows = noise[0]
+        if space.slices > 1:
+            by_slice = rows.view(-1, space.slices, space.dim).transpose(0, 1)
+            out.view(space.slices, 1, space.dim).add_(torch.bmm(c.t().unsqueeze(1), by_slice))
+        elif len(rows) == 1:
+            out.addcmul_(rows[0], c[0, 0])
+        else:
+            # Not addmv: its bits depend on what was summed before.
+            out.add_(torch.mv(rows.t(), c[:, 0]))
+
+    def dot(self, space: Space, noise: Noise, vector: torch.Tensor) -> torch.Tensor:
+        """The product of the noise matrix with the vector, slice by slice."""
+        rows = noise[0].view(-1, space.slices, space.dim)
+        return torch.einsum("rsd,sd->rs", rows, vector.view(space.slices, space.dim))
+
+
+def _shift(leaf: torch.Tensor, eps: torch.Tensor, scale: float) -> torch.Tensor:
+    if leaf.dtype == eps.dtype:
+        return torch.add(leaf, eps, alpha=scale)
+    return torch.add(leaf.to(eps.dtype), eps, alpha=scale).to(leaf.dtype)

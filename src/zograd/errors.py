@@ -1,0 +1,25 @@
+"""What zograd raises and warns beyond `ValueError` for values and `TypeError` for types."""
+
+from __future__ import annotations
+
+__all__ = ["NonFiniteError", "ReplayError", "SecondDerivativeError", "SharedStreamError", "ZeroOrderWarning"]
+
+
+class ZeroOrderWarning(UserWarning):
+    """The category of every warning that zograd emits, so that one filter addresses them all."""
+
+
+class NonFiniteError(ValueError):
+    """A value of ``fn`` was nan or infinite; a gradient made from it would be wrong without a sign of it."""
+
+
+class ReplayError(RuntimeError):
+    """Directions were asked for again, but the user's ``sample`` does not give the same ones twice."""
+
+
+class SecondDerivativeError(NotImplementedError):
+    """A second derivative was asked for of an estimate that has none to give."""
+
+
+class SharedStreamError(RuntimeError):
+    """``fn`` drew from torch's global random stream while another thread's estimate owned it."""

@@ -1,0 +1,310 @@
+r"""The estimator: values at points to a gradient.
+
+.. code-block:: text
+
+    points_ij  = theta + sigma * c_j * eps_i        the scheme's offsets, the distribution's directions
+    values_ij  = fn(points_ij)                      an evaluator: values only, no calculus
+    coeff_i    = sum_j w_j * values_ij              the scheme's weights; shaping may transform the values first
+    gradient   = mean_i coeff_i * eps_i / sigma     Contraction, the only place that sums directions
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zograd._points import Directions, Points
+from zograd._random import FnStream
+from zograd.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+    from zograd._objective import Objective
+    from zograd._tree import Leaves, Space
+    from zograd.distributions.base import Distribution
+    from zograd.evaluators.base import Evaluator
+    from zograd.schemes import Scheme
+    from zograd.shaping import Shaping
+
+__all__ = ["Contraction", "Estimate", "Recipe", "estimate"]
+
+_NAMED = 8  # directions that an error lists
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an estimate is made of, besides ``fn``, its arguments and the seed."""
+
+    distribution: Distribution
+    scheme: Scheme
+    num_samples: int
+    sigma: tuple[float, ...]  # one a differentiated leaf
+    evaluator: Evaluator
+    shaping: Shaping | None = None
+
+    def directions(self, space: Space, seed: int) -> Directions:
+        """The directions that belong to a seed."""
+        return Directions(self.distribution, space, seed, self.num_samples)
+
+
+class Contraction:
+    """The weighted mean of directions, ``mean_i c_i eps_i / sigma``, by fixed blocks in order.
+
+    The sum runs over the same blocks whatever the evaluator's chunks are, so its bits are a function of the coefficients.
+
+    Args:
+        directions: the directions.
+        sigma: the smoothing radius of each leaf.
+    """
+
+    def __init__(self, directions: Directions, sigma: tuple[float, ...]) -> None:
+        self._directions = directions
+        self._sigma = sigma
+        self._space = directions.space
+        self._blocks = list(directions.blocks())
+        self._done = 0
+        self._sum = torch.zeros(self._space.size, dtype=self._space.dtype, device=self._space.device)
+
+    def add(self, coefficients: torch.Tensor, available: int) -> None:
+        """Sum every block that is whole now, ``coefficients`` of shape (N, slices) being known up to ``available``."""
+        with _full_precision(self._space.device):
+            while self._done < len(self._blocks) and self._blocks[self._done][1] <= available:
+                lo, hi = self._blocks[self._done]
+                c = coefficients[lo:hi].to(device=self._space.device, dtype=self._space.dtype)
+                self._directions.add_sum(lo, c, self._sum)
+                self._done += 1
+
+    def result(self) -> torch.Tensor:
+        """The flat gradient, of shape (size,) in the compute dtype."""
+        divisor = len(self._directions) / self._directions.distribution.scale(self._space)
+        for leaf, sigma in zip(self._space.split(self._sum), self._sigma, strict=True):
+            leaf.div_(divisor * sigma)
+        return self._sum
+
+
+def contract(directions: Directions, sigma: tuple[float, ...], coefficients: torch.Tensor) -> torch.Tensor:
+    """The flat gradient that belongs to coefficients of shape (N, slices)."""
+    contraction = Contraction(directions, sigma)
+    contraction.add(coefficients, len(directions))
+    return contraction.result()
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Generator[None]:
+    """No autocast: a matrix-vector product of ours in bfloat16 would round the gradient to three digits."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def by_slice(values: torch.Tensor, space: Space, lead: int) -> torch.Tensor:
+    """Values of shape (*lead, *out) as (*lead, slices, outputs a slice)."""
+    if space.batch_dim is not None:
+        values = values.movedim(lead + space.batch_dim, lead)
+    return values.reshape(*values.shape[:lead], space.slices, -1)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    r"""A gradient estimate and all it was made of.
+
+    Attributes:
+        value: ``fn`` at the parameters, one plain call, never shaped.
+        coefficients: float64, of shape ``(num_samples, *out)``: what the scheme made of each direction's values.
+        directions: the directions, made again when asked for.
+        sigma: the smoothing radius of each differentiated leaf.
+        seed: what the directions are a function of.
+        evaluations: points evaluated, the center included.
+        failures: evaluations that failed and were dealt with by a policy.
+    """
+
+    value: torch.Tensor
+    coefficients: torch.Tensor
+    directions: Directions
+    sigma: tuple[float, ...]
+    seed: int
+    evaluations: int
+    failures: int
+    _flat: torch.Tensor | None
+    _structure: Callable[[Leaves], Any]
+
+    @cached_property
+    def grad(self) -> Any:  # noqa: ANN401 - the structure of the arguments
+        """The gradient, in the structure of the differentiated argument (several: a tuple of them).
+
+        Raises:
+            ValueError: if ``fn`` returned several values: their gradient needs a cotangent, see :meth:`vjp`.
+        """
+        if self._flat is None:
+            raise ValueError(
+                f"`estimate.grad` is for objectives of one value, got the shape {tuple(self.value.shape)}: give "
+                "`estimate.vjp(cotangent)` a cotangent of that shape."
+            )
+        return self._tree(self._flat)
+
+    def vjp(self, cotangent: torch.Tensor) -> Any:  # noqa: ANN401
+        """The product of a cotangent with the Jacobian, in the structure of the arguments.
+
+        Args:
+            cotangent: a tensor of the shape of ``value``.
+
+        Returns:
+            The gradient of ``(cotangent * fn(...)).sum()``.
+
+        Raises:
+            ValueError: if the cotangent has another shape.
+        """
+        if cotangent.shape != self.value.shape:
+            raise ValueError(
+                f"`estimate.vjp(cotangent)` must have the shape of the value, {tuple(self.value.shape)}, got "
+                f"{tuple(cotangent.shape)}."
+            )
+        weights = weigh(self.coefficients, cotangent, self.directions.space)
+        return self._tree(contract(self.directions, self.sigma, weights))
+
+    def _tree(self, flat: torch.Tensor) -> Any:  # noqa: ANN401
+        space = self.directions.space
+        return self._structure(space.cast(space.split(flat)))
+
+    def __repr__(self) -> str:
+        return (
+            f"Estimate(value={self.value}, num_samples={len(self.directions)}, evaluations={self.evaluations}, "
+            f"failures={self.failures}, seed={self.seed})"
+        )
+
+
+def weigh(coefficients: torch.Tensor, cotangent: torch.Tensor, space: Space) -> torch.Tensor:
+    """Coefficients (N, *out) and a cotangent (*out) to one number a direction and slice, (N, slices)."""
+    columns = by_slice(coefficients, space, 1)
+    return (columns * by_slice(cotangent.to(columns), space, 0)).sum(dim=2)
+
+
+def estimate(
+    objective: Objective, recipe: Recipe, space: Space, seed: int, structure: Callable[[Leaves], Any] = tuple
+) -> Estimate:
+    """Estimate the gradient of an objective at its parameters.
+
+    Args:
+        objective: the function, with the parameters in ``objective.params``.
+        recipe: scheme, distribution, evaluator and their settings.
+        space: the layout of the parameters.
+        seed: what the directions and the random state of ``fn`` are a function of.
+        structure: what makes the user's structure of a tuple of leaves.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        NonFiniteError: if a value is nan or infinite.
+        ValueError: if the evaluator's values do not fit together.
+    """
+    directions = recipe.directions(space, seed)
+    points = Points(objective.params, directions, recipe.sigma, recipe.scheme.sides)
+    # User code needs grad mode, whoever calls us: an inner training loop is the main use.
+    with torch.enable_grad(), FnStream(seed, space.device, shared=recipe.scheme.uses_center) as objective.stream:
+        try:
+            center, coefficients, flat = _run(objective, recipe, points)
+        finally:
+            objective.stream = None
+    return Estimate(
+        value=center.to(objective.dtype),
+        coefficients=coefficients,
+        directions=directions,
+        sigma=recipe.sigma,
+        seed=seed,
+        evaluations=1 + len(directions) * len(points.sides),
+        failures=0,
+        _flat=flat,
+        _structure=structure,
+    )
+
+
+def _run(objective: Objective, recipe: Recipe, points: Points) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The center's value, the coefficients and, for an objective of one value a slice, the flat gradient."""
+    scheme, space, num = recipe.scheme, points.directions.space, len(points)
+    with contextlib.closing(recipe.evaluator(objective, points)) as pieces:  # type: ignore[type-var]
+        center = next(pieces)
+        _check_center(center, space, recipe, objective.name)
+        coefficients = center.new_empty(num, *center.shape)
+        scalar = center.numel() == space.slices
+        contraction = Contraction(points.directions, recipe.sigma) if scalar else None
+        kept: list[torch.Tensor] = []
+        hi = 0
+        for values in _whole(pieces, points, center):
+            lo, hi = hi, hi + len(values)
+            _check_finite(values, lo, hi, points.sides, objective.name)
+            if recipe.shaping is not None:
+                kept.append(values)
+                continue
+            coefficients[lo:hi] = scheme.combine(values, center)
+            if contraction is not None:
+                contraction.add(coefficients.view(num, space.slices), hi)
+    if recipe.shaping is not None:
+        coefficients = _shaped(torch.cat(kept), center, recipe)
+    if contraction is None:
+        return center, coefficients, None
+    contraction.add(coefficients.reshape(num, space.slices), num)
+    return center, coefficients, contraction.result()
+
+
+def _whole(pieces: Iterator[torch.Tensor], points: Points, center: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The pieces, checked to be the evaluator's whole and in shape."""
+    seen, wanted = 0, (len(points.sides), *center.shape)
+    for piece in pieces:
+        seen += len(piece)
+        if piece.shape[1:] != wanted or seen > len(points):
+            raise ValueError(
+                f"the evaluator must yield {len(points)} directions of values of shape {wanted}, got a piece of shape "
+                f"{tuple(piece.shape)} that ends at direction {seen}."
+            )
+        yield piece
+    if seen < len(points):
+        raise ValueError(f"the evaluator must yield {len(points)} directions of values, got {seen}.")
+
+
+def _shaped(values: torch.Tensor, center: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    assert recipe.shaping is not None  # noqa: S101 - for the type checker
+    baseline = center if recipe.scheme.uses_center else torch.zeros_like(center)
+    shaped = recipe.shaping(values - baseline)
+    if not isinstance(shaped, torch.Tensor) or shaped.shape != values.shape:
+        got = tuple(shaped.shape) if isinstance(shaped, torch.Tensor) else type(shaped).__name__
+        raise ValueError(f"`zero_order(shaping=...)` must keep the shape of the values, {tuple(values.shape)}, got {got}.")
+    return recipe.scheme.combine(shaped.to(values), torch.zeros_like(center))
+
+
+def _check_center(center: torch.Tensor, space: Space, recipe: Recipe, name: str) -> None:
+    shape = tuple(center.shape)
+    if recipe.shaping is not None and shape:
+        raise ValueError(f"`zero_order(shaping=...)` is for objectives of one value, got the shape {shape} from {name}.")
+    if space.batch_dim is not None and (len(shape) <= space.batch_dim or shape[space.batch_dim] != space.slices):
+        raise ValueError(
+            f"`zero_order(batch_dim={space.batch_dim})`: {name} must return one entry a slice, {space.slices} along dimension "
+            f"{space.batch_dim}, got the shape {shape}."
+        )
+    bad = int((~torch.isfinite(center)).sum()) if not torch.isfinite(center).all() else 0
+    if bad:
+        raise NonFiniteError(
+            f"{name} returned {bad} non-finite value{'s' * (bad > 1)} of {center.numel()} at the parameters themselves "
+            f"(the center): {center.flatten()[:_NAMED].tolist()}."
+        )
+
+
+def _check_finite(values: torch.Tensor, lo: int, hi: int, sides: tuple[float, ...], name: str) -> None:
+    finite = torch.isfinite(values)
+    if finite.all():
+        return
+    points = (~finite).flatten(2).any(dim=2) if finite.dim() > 2 else ~finite
+    where = [f"{lo + i} (offset {sides[j]:+g})" for i, j in points.nonzero()[:_NAMED].tolist()]
+    count = int(points.sum())
+    raise NonFiniteError(
+        f"{name} returned non-finite values at {count} of the {points.numel()} points of directions {lo} to {hi - 1}: at "
+        f"direction {', '.join(where)}{', ...' if count > _NAMED else ''}. A gradient from them would be wrong; return a "
+        "finite penalty instead."
+    )

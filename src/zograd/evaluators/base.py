@@ -1,0 +1,73 @@
+"""The contract of evaluators: how ``fn`` is called on points."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from zograd._objective import Objective
+    from zograd._points import Points
+
+__all__ = ["Evaluator", "check_chunk_size", "default_chunk"]
+
+_CACHE = 1 << 19  # values of a chunk: three times as many floats fill about 6 MiB of a last-level cache
+
+
+class Evaluator(ABC):
+    """Calls ``fn`` on points and yields the values in order, in pieces of any size.
+
+    It owns the chunks and knows nothing of coefficients or sums; the estimator owns those and knows nothing of chunks.
+    """
+
+    batched: bool = False
+    """Whether ``fn`` itself takes a leading axis of parameter sets."""
+
+    @abstractmethod
+    def __call__(
+        self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
+    ) -> Iterator[torch.Tensor]:
+        """Evaluate directions ``lo`` to ``hi``.
+
+        Args:
+            fn: the objective; ``fn.center`` evaluates the center, ``fn(point, i)`` one point of direction i, ``fn.many``
+                the points of many directions at once.
+            points: where.
+            lo: the first direction.
+            hi: one past the last; None for all.
+            center: whether to begin with the center.
+
+        Yields:
+            First the center's value, of shape ``out``, if asked for; then float64 values of shape
+            ``(directions, sides, *out)``, any number of directions at a time, in order, each exactly once.
+        """
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k.lstrip('_')}={v!r}" for k, v in self.__dict__.items() if v is not None)
+        return f"{type(self).__name__}({settings})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+def check_chunk_size(chunk_size: int | None, name: str) -> int | None:
+    """Refuse a chunk that holds nothing."""
+    if chunk_size is None:
+        return None
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"`{name}(chunk_size=...)` must be an int or None, got {type(chunk_size).__name__} {chunk_size!r}.")
+    if chunk_size < 1:
+        raise ValueError(f"`{name}(chunk_size=...)` must be at least 1, got {chunk_size}.")
+    return chunk_size
+
+
+def default_chunk(points: Points) -> int:
+    """As many directions as the last-level cache holds with their points and intermediate results."""
+    return max(1, _CACHE // points.directions.space.size)

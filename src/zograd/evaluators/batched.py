@@ -1,0 +1,55 @@
+"""Many directions in one call of an ``fn`` that is vectorized by its author."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from zograd.evaluators.base import Evaluator, check_chunk_size, default_chunk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zograd._objective import Objective
+    from zograd._points import Points
+
+__all__ = ["Batched"]
+
+
+class Batched(Evaluator):
+    """For an ``fn`` that itself takes a leading axis of parameter sets and returns one value for each.
+
+    The decorated function is called with one parameter set, without that axis; ``fn`` always sees the axis, of length
+    one in a plain call and at the center. Draw random numbers by :func:`zograd.current_seeds`, one seed for each set.
+
+    Args:
+        chunk_size: directions in one call; None chooses by the number of parameters and the cache.
+
+    Raises:
+        TypeError: if ``chunk_size`` is not an int.
+        ValueError: if it is below 1.
+
+    Examples:
+        >>> import torch, zograd
+        >>> @zograd.zero_order(method="antithetic", num_samples=8, evaluator="batched")
+        ... def simulate(x):  # x is (sets, 3)
+        ...     return (x.sign() * x).sum(dim=1)
+        >>> simulate(torch.ones(3)).shape
+        torch.Size([])
+    """
+
+    batched = True
+
+    def __init__(self, chunk_size: int | None = None) -> None:
+        self.chunk_size = check_chunk_size(chunk_size, "Batched")
+
+    def __call__(
+        self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
+    ) -> Iterator[torch.Tensor]:
+        """Yield chunk by chunk."""
+        if center:
+            yield fn.center(tuple(leaf.unsqueeze(0) for leaf in points.center()), batched=True)
+        for start, stop in points.spans(self.chunk_size or default_chunk(points), lo, hi):
+            sides = [fn.many(points.batch(start, stop, side), start, stop, vmapped=False) for side in points.sides]
+            yield torch.stack(sides, dim=1)

@@ -1,0 +1,57 @@
+"""One call of ``fn`` after the other: the reference."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from zograd.evaluators.base import Evaluator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zograd._objective import Objective, Value
+    from zograd._points import Points
+
+__all__ = ["Loop"]
+
+
+class Loop(Evaluator):
+    """Evaluate point by point, in this thread: works with any ``fn``.
+
+    Examples:
+        >>> import torch, zograd
+        >>> @zograd.zero_order(method="antithetic", num_samples=2, evaluator="loop")
+        ... def fn(x):
+        ...     return float(x.sum())  # nothing that torch could follow
+        >>> fn(torch.ones(3, requires_grad=True)).requires_grad
+        True
+    """
+
+    def __call__(
+        self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
+    ) -> Iterator[torch.Tensor]:
+        """Yield block by block, and at once what holds a value that is not finite, since each call may be slow."""
+        if center:
+            yield fn.center(points.center())
+        for start, stop in points.spans(points.directions.block, lo, hi):
+            rows: list[list[Value]] = []
+            for i, point in enumerate(points.rows(start, stop), start):
+                rows.append([fn(point(side), i) for side in points.sides])
+                if not _finite(rows[-1]):
+                    yield _stack(rows)
+                    rows.clear()
+            if rows:
+                yield _stack(rows)
+
+
+def _finite(row: list[Value]) -> bool:
+    return all(math.isfinite(value) for value in row if type(value) is float)
+
+
+def _stack(rows: list[list[Value]]) -> torch.Tensor:
+    if isinstance(rows[0][0], float):
+        return torch.tensor(rows, dtype=torch.float64)
+    return torch.stack([torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in row]) for row in rows])
