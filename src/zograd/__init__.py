@@ -4,39 +4,45 @@ Gradients of functions that have none to give (simulators, metrics, discrete cho
 values alone, so that ``loss.backward()`` and every optimizer of PyTorch work as usual.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
-from zograd import distributions, evaluators, schemes, shaping
+from zograd import distributions, evaluators, nn, schemes, shaping
+from zograd._options import Options
 from zograd._random import current_seed, current_seeds
+from zograd._versions import __version__, show_versions
 from zograd.decorator import ZeroOrderFunction, zero_order
 from zograd.errors import NonFiniteError, ReplayError, SecondDerivativeError, SharedStreamError, ZeroOrderWarning
 from zograd.estimator import Estimate
 from zograd.schemes import ANTITHETIC, FORWARD, FOURTH_ORDER, NAIVE, Scheme
-
-try:
-    __version__ = version("zograd")
-except PackageNotFoundError:  # a source tree on the path, not installed
-    __version__ = "0+unknown"
+from zograd.slices import SliceCheck, check_slices
 
 __all__ = [
-    "ANTITHETIC",
-    "FORWARD",
-    "FOURTH_ORDER",
-    "NAIVE",
-    "Estimate",
-    "NonFiniteError",
-    "ReplayError",
-    "Scheme",
-    "SecondDerivativeError",
-    "SharedStreamError",
-    "ZeroOrderFunction",
-    "ZeroOrderWarning",
-    "__version__",
+    # the front door
+    "zero_order",
+    "nn",
+    "check_slices",
     "current_seed",
     "current_seeds",
+    # the axes
     "distributions",
     "evaluators",
     "schemes",
     "shaping",
-    "zero_order",
+    "ANTITHETIC",
+    "FORWARD",
+    "FOURTH_ORDER",
+    "NAIVE",
+    "Scheme",
+    # what comes back
+    "Estimate",
+    "Options",
+    "SliceCheck",
+    "ZeroOrderFunction",
+    # what goes wrong
+    "NonFiniteError",
+    "ReplayError",
+    "SecondDerivativeError",
+    "SharedStreamError",
+    "ZeroOrderWarning",
+    # about the package
+    "__version__",
+    "show_versions",
 ]

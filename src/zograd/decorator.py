@@ -95,7 +95,8 @@ class ZeroOrderFunction(Generic[P]):
         arguments = self._arguments(args, kwargs)
         params = tuple(p.unsqueeze(0) for p in arguments.params())
         built, keywords = arguments.builder()(params)
-        return _any_tensor(plain_call(self.fn, tuple(built), keywords, rows=1), self._typed)[0]
+        fn = getattr(self.fn, "at_center", self.fn)
+        return _any_tensor(plain_call(fn, tuple(built), keywords, rows=1), self._typed)[0]
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         arguments = flatten(args, kwargs, [self._place(a, args, kwargs) for a in self.options.argnums])

@@ -40,6 +40,10 @@ class Sampled(Dense):
         self._call = call
         self._same: bool | None = None
 
+    def samples(self, sample: Callable[..., torch.Tensor]) -> bool:
+        """Whether this is the adapter of that very ``sample``."""
+        return self._sample == sample
+
     def fill(self, out: torch.Tensor, generator: torch.Generator) -> None:
         """Not used: a user's ``sample`` takes no generator."""
         raise NotImplementedError

@@ -1,0 +1,1 @@
+"""The import paths of other libraries."""

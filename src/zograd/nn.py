@@ -1,0 +1,286 @@
+"""Modules whose parameters get their gradient from the values of ``forward``."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from zograd._options import Options
+from zograd._random import plain_call
+from zograd._replica import Replica, Watch
+from zograd.decorator import ZeroOrderFunction
+from zograd.distributions.adapter import Sampled
+
+if TYPE_CHECKING:
+    from zograd.distributions.adapter import DistributionLike
+    from zograd.estimator import Estimate
+    from zograd.evaluators.base import Evaluator
+    from zograd.schemes import Scheme
+    from zograd.shaping import Shaping
+
+__all__ = ["ZeroOrder", "ZeroOrderGradientModule"]
+
+_watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose forward was seen to use no hidden parameter
+
+
+class _ModuleFunction:
+    """A module as a function of its trainable parameters: the center on itself, all other points on replicas."""
+
+    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        self._module = module
+        self._names = {id(p): name for name, p in parameters.items()}
+        self._template: nn.Module | None = None
+        self.__qualname__ = type(module).__qualname__
+
+    def __call__(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Evaluate a replica with these parameters, as the module was before the center."""
+        template = self._frozen()
+        like = next(iter(params.values()))
+
+        def copy_buffer(buffer: torch.Tensor) -> torch.Tensor:
+            # Under vmap `like` is one of many, and so must be a buffer that forward writes to.
+            return like.new_zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device).copy_(buffer)
+
+        replica = Replica(template, self._replacements(params), copy_buffer).module
+        if self._module in _watched:
+            return nn.Module.__call__(replica, *args, **kwargs)
+        with Watch(self._names, type(self._module).__name__):
+            out = nn.Module.__call__(replica, *args, **kwargs)
+        _watched.add(self._module)
+        return out
+
+    def at_center(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Evaluate as one plain call: what it logs, counts and writes to buffers stays."""
+        self._frozen()
+        replica = Replica(self._module, self._replacements(params), None)
+        try:
+            return nn.Module.__call__(replica.module, *args, **kwargs)
+        finally:
+            replica.commit()
+
+    def _frozen(self) -> nn.Module:
+        if self._template is None:
+            self._template = Replica(self._module, {}, torch.clone).module
+        return self._template
+
+    def _replacements(self, params: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+        return {identity: params[name] for identity, name in self._names.items()}
+
+
+class _ZeroOrderModule(nn.Module):
+    """What the two modules share: a call that differentiates the trainable parameters by their values."""
+
+    zero_order_options: Options
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the arguments of forward
+        """Run ``forward``; with grad mode on, the result carries the estimate for the trainable parameters.
+
+        Args:
+            *args: the arguments of ``forward``.
+            **kwargs: likewise.
+
+        Returns:
+            The value of ``forward``.
+        """
+        trainable = self._trainable()
+        if torch.is_grad_enabled() and trainable:
+            return self._function(trainable)(trainable, *args, **kwargs)
+        if self.zero_order_options.evaluator.batched and trainable:
+            return self._function(trainable)(trainable, *args, **kwargs)
+        return plain_call(super().__call__, args, kwargs)
+
+    def estimate(self, *args: Any, **kwargs: Any) -> Estimate:  # noqa: ANN401
+        """Estimate the gradient of every trainable parameter, without autograd.
+
+        Args:
+            *args: the arguments of ``forward``.
+            **kwargs: likewise.
+
+        Returns:
+            The estimate; its ``grad`` is a dict by parameter name.
+        """
+        trainable = self._trainable()
+        return self._function(trainable).estimate(trainable, *args, **kwargs)
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        parameters = dict(self.named_parameters())
+        if not parameters:
+            raise RuntimeError("The module has no parameters.")
+        return {name: p for name, p in parameters.items() if p.requires_grad}
+
+    def _function(self, trainable: dict[str, nn.Parameter]) -> ZeroOrderFunction[Any]:
+        return ZeroOrderFunction(_ModuleFunction(self, trainable), self.zero_order_options)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``repr``."""
+        o = self.zero_order_options
+        return (
+            f"distribution={o.distribution}, method={o.method}, num_samples={o.num_samples}, sigma={o.sigma}, "
+            f"evaluator={o.evaluator}"
+        )
+
+
+class ZeroOrderGradientModule(_ZeroOrderModule):
+    r"""A module that defines ``forward`` and ``sample`` and trains by the values of ``forward``.
+
+    .. math:: \nabla f_\sigma(\theta) \approx \frac{1}{N \sigma} \sum_{i=1}^{N} \epsilon_i
+              \sum_j w_j f(\theta + \sigma c_j \epsilon_i)
+
+    The settings are class keywords, inherited by subclasses, and live in one attribute, ``zero_order_options``; an instance
+    can have its own: ``net.zero_order_options = net.zero_order_options.replace(sigma=0.1)``. Every evaluation but the
+    center runs on a replica: parameters are never written, and buffers and attributes change as in one plain call. Frozen
+    parameters are not perturbed, tied ones get the gradient of all their uses.
+
+    Subclasses define ``forward(self, ...)``, which returns the objective, and ``sample(self, sample_shape)``, which returns
+    directions of that shape with mean 0 and variance 1 a value.
+
+    Raises:
+        TypeError: when made without ``forward`` or ``sample`` in its class's ancestry.
+        RuntimeError: when called without parameters.
+
+    Examples:
+        >>> import torch
+        >>> class Net(ZeroOrderGradientModule, method="antithetic", num_samples=100, sigma=0.01):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(3, 1)
+        ...
+        ...     def forward(self, x, y):
+        ...         return (self.linear(x) - y).sign().mean()
+        ...
+        ...     def sample(self, sample_shape=torch.Size()):
+        ...         return torch.randn(sample_shape)
+        >>> net = Net()
+        >>> loss = net(torch.randn(8, 3), torch.zeros(8, 1))
+        >>> [g.shape for g in torch.autograd.grad(loss, net.parameters())]
+        [torch.Size([1, 3]), torch.Size([1])]
+
+    References:
+        arXiv:1703.03864.
+    """
+
+    zero_order_options: ClassVar[Options] = Options.make(  # type: ignore[misc]
+        "ZeroOrderGradientModule",
+        distribution=None,
+        method="naive",
+        argnums=(0,),
+        num_samples=1,
+        sigma=1.0,
+        evaluator="loop",
+        shaping=None,
+        failures="raise",
+        batch_dim=None,
+        generator=None,
+        seed=None,
+    )
+
+    def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401 - the settings by name
+        """Take the class keywords as settings, on top of those of the bases."""
+        super().__init_subclass__()
+        call = f"class {cls.__name__}"
+        for name in ("distribution", "argnums", "batch_dim"):
+            if name in options:
+                raise TypeError(f"`{call}({name}=...)`: a ZeroOrderGradientModule has no setting `{name}`; see `sample`.")
+        cls.zero_order_options = dataclasses.replace(cls.zero_order_options, call=call).replace(**options)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> ZeroOrderGradientModule:  # noqa: ANN401
+        missing = [name for name in ("forward", "sample") if getattr(cls, name, None) in (None, nn.Module.forward)]
+        if missing:
+            raise TypeError(f"Can't instantiate abstract class {cls.__name__} without `{'` and `'.join(missing)}`.")
+        return super().__new__(cls)
+
+    def _function(self, trainable: dict[str, nn.Parameter]) -> ZeroOrderFunction[Any]:
+        sampler = self.__dict__.get("_zero_order_sampler")
+        if sampler is None or not sampler.samples(self.sample):
+            # Kept, since whether it can be replayed is found out once.
+            sampler = Sampled(self.sample, by_keyword=True, call=f"{type(self).__name__}.sample")
+            self.__dict__["_zero_order_sampler"] = sampler
+        options = dataclasses.replace(self.zero_order_options, distribution=sampler)
+        return ZeroOrderFunction(_ModuleFunction(self, trainable), options)
+
+
+class ZeroOrder(_ZeroOrderModule):
+    """Any module whose ``forward`` returns the objective, trained by its values.
+
+    The wrapped module's trainable parameters get the estimate; see :class:`ZeroOrderGradientModule` for what happens to
+    buffers, tied and frozen ones.
+
+    Args:
+        module: the module.
+        distribution: as in :func:`zograd.zero_order`, like all settings.
+        method: the scheme or its name.
+        num_samples: the number of directions.
+        sigma: the smoothing radius, a number or a dict by parameter name (``"module."`` in front).
+        evaluator: how ``forward`` is called on points.
+        shaping: what is done to the values first.
+        failures: what a failed evaluation means.
+        generator: where each call's seed is drawn from.
+        seed: the seed of every call.
+
+    Raises:
+        TypeError: if ``module`` is not a module, or a setting is of a wrong type.
+        ValueError: if a setting is out of its range.
+
+    Examples:
+        >>> import torch
+        >>> class Hits(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(2, 3)
+        ...
+        ...     def forward(self, x, label):
+        ...         return (self.linear(x).argmax(dim=1) != label).float().mean()
+        >>> net = ZeroOrder(Hits(), method="antithetic", num_samples=32, sigma=0.1, evaluator="vmap")
+        >>> net(torch.randn(50, 2), torch.zeros(50)).backward()
+        >>> net.module.linear.weight.grad.shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        distribution: DistributionLike | None = None,
+        method: str | Scheme = "naive",
+        num_samples: int = 1,
+        sigma: Any = 1.0,  # noqa: ANN401 - a number or a dict of them
+        *,
+        evaluator: str | Evaluator = "loop",
+        shaping: Shaping | None = None,
+        failures: str = "raise",
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"`ZeroOrder(module)` must be a module, got {type(module).__name__} {module!r:.80}.")
+        self.module = module
+        self.zero_order_options = Options.make(
+            "ZeroOrder",
+            distribution=distribution,
+            method=method,
+            argnums=(0,),
+            num_samples=num_samples,
+            sigma=sigma,
+            evaluator=evaluator,
+            shaping=shaping,
+            failures=failures,
+            batch_dim=None,
+            generator=generator,
+            seed=seed,
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Run the wrapped module.
+
+        Args:
+            *args: its arguments.
+            **kwargs: likewise.
+
+        Returns:
+            What it returns.
+        """
+        return self.module(*args, **kwargs)
