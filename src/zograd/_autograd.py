@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zograd._objective import Objective
+from zograd._objective import Habits, Objective
 from zograd._random import draw_seed
 from zograd._tree import Arguments, Leaves, Space
 from zograd.errors import SecondDerivativeError
@@ -38,6 +38,7 @@ class Plan:
     batch_dim: int | None
     seed: int | None
     generator: torch.Generator | None
+    habits: Habits
     kept: dict[int, Directions] = field(default_factory=dict)  # directions that cannot be replayed, by seed
 
     def space(self, tensors: Sequence[torch.Tensor]) -> Space:
@@ -51,8 +52,7 @@ class Plan:
             # Detached, so that what fn computes with it has no way into the caller's graph.
             leaves[position] = tensor.detach().requires_grad_() if tensor.requires_grad else tensor
         params = tuple(tensors[i].detach() for i in self.chosen)
-        requires_grad = tuple(tensors[i].requires_grad for i in self.chosen)
-        objective = Objective(self.fn, self.arguments.with_leaves(leaves), params, requires_grad)
+        objective = Objective(self.fn, self.arguments.with_leaves(leaves), params, self.habits)
         seed = draw_seed(self.seed, self.generator)
         return estimate(objective, self.recipe, self.space(tensors), seed, structure)
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from zograd._random import CENTER, FnStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from zograd._tree import Arguments, Leaves
 
-__all__ = ["Objective", "Value", "as_tensor"]
+__all__ = ["Habits", "Objective", "Value", "as_tensor"]
 
 Value: TypeAlias = "float | torch.Tensor"
 
@@ -54,54 +58,62 @@ def function_name(fn: Any) -> str:  # noqa: ANN401 - any callable
     return f"`{getattr(fn, '__qualname__', None) or type(fn).__qualname__}`"
 
 
+@dataclass
+class Habits:
+    """What was learned about a function, kept from call to call."""
+
+    differentiates: bool = False
+    """Whether it asks autograd for derivatives with respect to its differentiated arguments."""
+
+
+class _NeedsGrad(Exception):  # noqa: N818 - never leaves this module
+    """An optimizer was about to skip a point, since it does not require grad."""
+
+
 class Objective:
     """``fn`` with everything but its differentiated leaves filled in.
 
     Evaluators call it at points; it sets the random state for each, checks what comes back and keeps a float64 copy, made
     before the next point is (an ``fn`` may return a view of its argument).
 
+    Points require grad only if ``fn`` differentiates with respect to them itself. That shows when autograd complains, or
+    when an optimizer of torch is about to step past one; then that evaluation is repeated, and the habit remembered.
+
     Args:
-        fn: the user's function. If it has an ``at_center`` attribute, that is called for the center instead: a module
-            evaluates the center on itself and the other points on replicas.
+        fn: the user's function. If it has ``at_center``, that is called for the center instead, and ``commit`` once the
+            estimate is done: a module keeps the traces of the center's evaluation and of no other.
         arguments: the call, taken apart.
         params: the differentiated leaves, detached.
-        requires_grad: whether each of them requires grad in a plain call.
+        habits: what earlier calls have shown.
     """
 
-    def __init__(self, fn: Callable[..., Any], arguments: Arguments, params: Leaves, requires_grad: tuple[bool, ...]) -> None:
+    def __init__(self, fn: Callable[..., Any], arguments: Arguments, params: Leaves, habits: Habits) -> None:
         self.name = function_name(fn)
         self.params = params
         self.stream: FnStream | None = None
-        self.dtype = torch.float64
-        self.device = params[0].device
+        self.repeated = 0  # evaluations beyond one for each point
+        self.value = params[0]  # the center's, as fn returned it
         self.shape = torch.Size()
         self._fn = fn
         self._build = arguments.builder()
-        self._requires_grad = requires_grad
-        self._differentiates = False  # whether fn asks autograd for derivatives in its own arguments
+        self._habits = habits
 
     def center(self, params: Leaves, *, batched: bool = False) -> torch.Tensor:
-        """The value at the center, which tells the shape and dtype of all others."""
-        self._at(CENTER, range(CENTER, CENTER + 1) if batched else None)
-        for leaf in self._tracked(params):
-            leaf.requires_grad_().register_hook(self._note_differentiation)
-        value = as_tensor(self._run(params, getattr(self._fn, "at_center", self._fn)), self.name).detach()
+        """The value at the center, which tells the shape of all others."""
+        rows = range(CENTER, CENTER + 1) if batched else None
+        out = self._evaluate(params, CENTER, rows, getattr(self._fn, "at_center", self._fn))
+        value = as_tensor(out, self.name).detach()
         if batched:
             value = self._drop_leading_one(value)
-        self.dtype, self.device, self.shape = value.dtype, value.device, value.shape
+        self.value, self.shape = value.clone(), value.shape
         return value.to(torch.float64, copy=True)
 
     def __call__(self, params: Leaves, index: int) -> Value:
         """The value at one point of direction ``index``: a float for scalars on the CPU, else a float64 tensor."""
-        self._at(index)
-        if self._differentiates:
-            for leaf in self._tracked(params):
-                leaf.requires_grad_()
-        out = self._run(params, self._fn)
-        if type(out) is not torch.Tensor or not out.is_floating_point():
-            if type(out) is float and not self.shape:
-                return out
-            out = as_tensor(out, self.name)
+        out = self._evaluate(params, index, None, self._fn)
+        if type(out) is float and not self.shape:
+            return out
+        out = as_tensor(out, self.name)
         if out.shape != self.shape:
             raise self._wrong_shape(out.shape, self.shape)
         if not self.shape and out.device.type == "cpu":
@@ -110,40 +122,49 @@ class Objective:
 
     def many(self, params: Leaves, lo: int, hi: int, *, vmapped: bool, randomness: str = "error") -> torch.Tensor:
         """The values at many points at once, ``params`` having a leading axis: one float64 row a point."""
-        self._at(lo, None if vmapped else range(lo, hi))
-        if self._differentiates:
-            for leaf in self._tracked(params):
-                leaf.requires_grad_()
         if vmapped:
-            assert self.stream is not None  # noqa: S101 - set by the estimator before any evaluation
-            self.stream.vmapped = True
-            try:
-                out = torch.vmap(self._checked_run, randomness=randomness)(params)
-            finally:
-                self.stream.vmapped = False
+            # The check for a tensor comes inside: vmap has its own words for anything else.
+            function = torch.vmap(lambda p: as_tensor(self._call(self._fn, p), self.name), randomness=randomness)
+            out = self._evaluate(params, lo, None, lambda p: function(p), vmapped=True)
         else:
-            out = as_tensor(self._run(params, self._fn), self.name)
+            out = as_tensor(self._evaluate(params, lo, range(lo, hi), self._fn), self.name)
         wanted = torch.Size((hi - lo, *self.shape))
         if out.shape != wanted:
             raise self._wrong_shape(out.shape, wanted)
         return out.detach().to(torch.float64, copy=True)
 
-    def _checked_run(self, params: Leaves) -> torch.Tensor:
-        return as_tensor(self._run(params, self._fn), self.name)
+    def commit(self) -> None:
+        """The estimate is done: the center's traces may stay."""
+        commit = getattr(self._fn, "commit", None)
+        if commit is not None:
+            commit()
 
-    def _at(self, index: int, rows: range | None = None) -> None:
-        if self.stream is not None:
-            self.stream.at(index, rows)
+    def _evaluate(
+        self, params: Leaves, index: int, rows: range | None, fn: Callable[..., Any], *, vmapped: bool = False
+    ) -> Any:  # noqa: ANN401 - whatever fn returns
+        run = fn if vmapped else functools.partial(self._call, fn)
+        self._begin(index, rows, vmapped=vmapped)
+        if self._habits.differentiates:
+            return run(_tracked(params))
+        versions = [p._version for p in params]
+        try:
+            with _no_skipped_step(params) if index == CENTER else _NOTHING:
+                return run(params)
+        except (RuntimeError, TypeError, _NeedsGrad) as error:
+            if not _wants_grad(error) or versions != [p._version for p in params]:
+                raise
+        self._habits.differentiates = True
+        self.repeated += len(params[0]) if vmapped or rows else 1
+        self._begin(index, rows, vmapped=vmapped)
+        return run(_tracked(params))
 
-    def _run(self, params: Leaves, fn: Callable[..., Any]) -> Any:  # noqa: ANN401
+    def _call(self, fn: Callable[..., Any], params: Leaves) -> Any:  # noqa: ANN401
         args, kwargs = self._build(params)
         return fn(*args, **kwargs)
 
-    def _tracked(self, params: Leaves) -> list[torch.Tensor]:
-        return [leaf for leaf, tracked in zip(params, self._requires_grad, strict=True) if tracked]
-
-    def _note_differentiation(self, _grad: torch.Tensor) -> None:
-        self._differentiates = True
+    def _begin(self, index: int, rows: range | None, *, vmapped: bool) -> None:
+        if self.stream is not None:
+            self.stream.at(index, rows, vmapped=vmapped)
 
     def _drop_leading_one(self, value: torch.Tensor) -> torch.Tensor:
         if value.shape[:1] != (1,):
@@ -155,3 +176,32 @@ class Objective:
 
     def _wrong_shape(self, got: torch.Size, wanted: torch.Size) -> ValueError:
         return ValueError(f"{self.name} must return one shape at all points, got {tuple(got)} after {tuple(wanted)}.")
+
+
+def _tracked(params: Leaves) -> Leaves:
+    for leaf in params:
+        leaf.requires_grad_()
+    return params
+
+
+def _wants_grad(error: Exception) -> bool:
+    return isinstance(error, _NeedsGrad) or any(sign in str(error) for sign in ("not require grad", "NoneType"))
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _no_skipped_step(params: Leaves) -> Generator[None]:
+    """Notice an optimizer that would pass over a point because it has no gradient: autograd alone would not complain."""
+    ours = {id(p) for p in params}
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:  # noqa: ANN401
+        if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            raise _NeedsGrad
+
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()

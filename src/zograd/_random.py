@@ -229,7 +229,7 @@ class FnStream:
         self._index = CENTER
         self._key = self.key(CENTER)
         self._nested = 0
-        self.vmapped = False
+        self._vmapped = False
 
     def key(self, index: int) -> int:
         """The seed that ``fn`` sees at direction ``index``."""
@@ -249,17 +249,18 @@ class FnStream:
         _stream.reset(self._token)
         self._torch.__exit__(kind, error, trace)
 
-    def at(self, index: int, rows: range | None = None) -> None:
-        """Begin an evaluation at direction ``index``, or at all directions in ``rows`` at once."""
+    def at(self, index: int, rows: range | None = None, *, vmapped: bool = False) -> None:
+        """Begin an evaluation at direction ``index``; with ``rows`` or ``vmapped``, at many directions from there on."""
         if index != self._index:
             self._index = index
             self._key = self.key(index)
         self._rows = rows
+        self._vmapped = vmapped
         self._nested = 0
         self._torch.seed(self._key)
 
     def current_seed(self) -> int:
-        if self.vmapped:
+        if self._vmapped:
             raise RuntimeError(
                 '`zograd.current_seed()` has no single answer under `evaluator="vmap"`, where one call of fn serves many '
                 'directions: use `evaluator="loop"`, or `evaluator="batched"` with `zograd.current_seeds()`.'

@@ -8,6 +8,7 @@ reach the next.
 from __future__ import annotations
 
 import collections
+import copy
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -21,75 +22,91 @@ if TYPE_CHECKING:
 __all__ = ["Replica", "Watch"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+_CONTAINERS = (dict, collections.OrderedDict, list, tuple, set, collections.deque)
 
 
 class Replica:
     """A copy of a module tree in which tensors are replaced by identity.
 
     Args:
-        module: what to copy. Whatever it holds beyond modules, parameters and containers of them is shared.
+        module: what to copy. Whatever it holds beyond modules, parameters and containers is shared.
         tensors: replacements by the ``id`` of what they replace; a tied weight is one tensor and replaced everywhere.
-        copy_buffer: makes a buffer of the copy; None shares them, for an evaluation that counts as the module's own.
+        copy_buffer: makes a buffer of the copy.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        tensors: dict[int, torch.Tensor],
-        copy_buffer: Callable[[torch.Tensor], torch.Tensor] | None,
+        self, module: nn.Module, tensors: dict[int, torch.Tensor], copy_buffer: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
         self._tensors = tensors
         self._copy_buffer = copy_buffer
+        self._containers: list[tuple[Any, Any]] = []  # those that hold nothing which was replaced, with their copies
         self._modules = {id(m): object.__new__(type(m)) for m in module.modules()}
         self._pairs = [(m, self._modules[id(m)]) for m in module.modules()]
-        for original, copy in self._pairs:
-            copy.__dict__.update(self._state(original))
-        self._before = [dict(copy.__dict__) for _, copy in self._pairs] if copy_buffer is None else []
+        for original, twin in self._pairs:
+            twin.__dict__.update(self._state(original))
+        self._before = [dict(twin.__dict__) for _, twin in self._pairs]
         self.module: nn.Module = self._modules[id(module)]
 
     def _state(self, module: nn.Module) -> dict[str, Any]:
         state = {name: self._mapped(value) for name, value in module.__dict__.items() if name not in _REGISTRIES}
-        copy = self._copy_buffer
         state["_parameters"] = {k: p if p is None else self._tensors.get(id(p), p) for k, p in module._parameters.items()}
+        state["_buffers"] = {k: b if b is None else self._copy_buffer(b) for k, b in module._buffers.items()}
         state["_modules"] = {k: m if m is None else self._modules[id(m)] for k, m in module._modules.items()}
-        state["_buffers"] = {k: b if b is None or copy is None else copy(b) for k, b in module._buffers.items()}
         return state
 
     def _mapped(self, value: Any) -> Any:  # noqa: ANN401 - any attribute
-        """The value as the copy should hold it: modules and parameters of the tree replaced inside containers."""
+        """The value as the copy should hold it: containers copied, modules and parameters in them replaced."""
         if isinstance(value, nn.Module):
             return self._modules.get(id(value), value)
         if isinstance(value, torch.Tensor):
             return self._tensors.get(id(value), value)
         if isinstance(value, MethodType) and id(value.__self__) in self._modules:
             return MethodType(value.__func__, self._modules[id(value.__self__)])
-        kind = type(value)
-        if kind in (dict, collections.OrderedDict):
-            return self._rebuilt(value, kind({k: self._mapped(v) for k, v in value.items()}), value.values())
-        if kind in (list, tuple, set, frozenset, collections.deque):
-            items = [self._mapped(v) for v in value]
-            new = collections.deque(items, value.maxlen) if kind is collections.deque else kind(items)
-            return self._rebuilt(value, new, value)
+        if type(value) in _CONTAINERS:
+            return self._copied(value)
         return value
 
-    def _rebuilt(self, old: Any, new: Any, items: Iterable[Any]) -> Any:  # noqa: ANN401
-        """The new container; for the module's own evaluation the old one, unless something in it was replaced."""
-        if self._copy_buffer is not None:
-            return new
-        fresh = new.values() if isinstance(new, dict) else new
-        return old if all(a is b for a, b in zip(items, fresh, strict=True)) else new
+    def _copied(self, value: Any) -> Any:  # noqa: ANN401 - any container
+        new = copy.copy(value)
+        if isinstance(value, dict):
+            new.update({k: self._mapped(v) for k, v in value.items()})
+        elif isinstance(value, tuple):
+            return tuple(map(self._mapped, value))
+        else:
+            items = [self._mapped(v) for v in value]
+            new.clear()
+            (new.update if isinstance(value, set) else new.extend)(items)
+        if all(a is b for a, b in zip(_items(value), _items(new), strict=True)):
+            self._containers.append((value, new))
+        return new
 
     def commit(self) -> None:
-        """Let the module have what this evaluation assigned: attributes and buffers, never parameters."""
-        for (module, copy), before in zip(self._pairs, self._before, strict=True):
-            for name in before.keys() - copy.__dict__.keys():
-                module.__dict__.pop(name, None)
-            for name, value in copy.__dict__.items():
-                if name not in _REGISTRIES and before.get(name, self) is not value:
+        """Let the module have what the copy's evaluation wrote: attributes, containers, buffers; never parameters."""
+        for (module, twin), before in zip(self._pairs, self._before, strict=True):
+            for name in before.keys() - twin.__dict__.keys():
+                del module.__dict__[name]
+            for name, value in twin.__dict__.items():
+                if name not in _REGISTRIES and (name not in before or before[name] is not value):
                     module.__dict__[name] = value
-            for name, buffer in copy._buffers.items():
-                if module._buffers.get(name) is not buffer:
-                    module._buffers[name] = buffer
+            for name, buffer in twin._buffers.items():
+                _commit_buffer(module._buffers, name, buffer)
+        for original, twin in self._containers:
+            if len(original) != len(twin) or any(a is not b for a, b in zip(_items(original), _items(twin), strict=True)):
+                original.clear()
+                (original.extend if isinstance(original, (list, collections.deque)) else original.update)(twin)
+
+
+def _items(container: Any) -> Iterable[Any]:  # noqa: ANN401
+    return container.values() if isinstance(container, dict) else container
+
+
+def _commit_buffer(buffers: dict[str, torch.Tensor | None], name: str, new: torch.Tensor | None) -> None:
+    old = buffers.get(name)
+    if old is None or new is None or old.shape != new.shape or old.dtype != new.dtype:
+        buffers[name] = new
+    else:
+        with torch.no_grad():
+            old.copy_(new)
 
 
 class Watch(TorchFunctionMode):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 import torch
 
 from zograd._autograd import Plan, differentiate
-from zograd._objective import as_tensor, function_name
+from zograd._objective import Habits, as_tensor, function_name
 from zograd._options import Options
 from zograd._random import plain_call
 from zograd._tree import Arguments, flatten, sigma_per_leaf
@@ -36,10 +36,11 @@ P = ParamSpec("P")
 class ZeroOrderFunction(Generic[P]):
     """A function with a gradient from its values; made by :func:`zero_order`."""
 
-    def __init__(self, fn: Callable[P, Any], options: Options) -> None:
+    def __init__(self, fn: Callable[P, Any], options: Options, habits: Habits | None = None) -> None:
         functools.update_wrapper(self, fn)
         self.fn = fn
         self.options = options
+        self._habits = habits or Habits()
         self._typed = function_name(fn)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
@@ -87,7 +88,7 @@ class ZeroOrderFunction(Generic[P]):
         Returns:
             A new decorated function; this one is as before.
         """
-        return ZeroOrderFunction(self.fn, self.options.replace(**options))
+        return ZeroOrderFunction(self.fn, self.options.replace(**options), self._habits)
 
     def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         if not self.options.evaluator.batched:
@@ -143,14 +144,14 @@ class ZeroOrderFunction(Generic[P]):
         )
         chosen = tuple(index[i] for i in arguments.chosen)
         plan = Plan(
-            self.fn, arguments.with_leaves(blank), positions, chosen, recipe, o.batch_dim, o.seed, o.generator
+            self.fn, arguments.with_leaves(blank), positions, chosen, recipe, o.batch_dim, o.seed, o.generator, self._habits
         )
         return plan, tensors
 
     def __get__(self, instance: object, owner: type | None = None) -> ZeroOrderFunction[Any]:
         if instance is None:
             return self
-        return ZeroOrderFunction(self.fn.__get__(instance, owner), self.options)  # type: ignore[attr-defined]
+        return ZeroOrderFunction(self.fn.__get__(instance, owner), self.options, self._habits)  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ZeroOrderFunction[P]:
         options = self.options

@@ -210,24 +210,25 @@ def estimate(
     # User code needs grad mode, whoever calls us: an inner training loop is the main use.
     with torch.enable_grad(), FnStream(seed, space.device, shared=recipe.scheme.uses_center) as objective.stream:
         try:
-            center, coefficients, flat = _run(objective, recipe, points)
+            coefficients, flat = _run(objective, recipe, points)
         finally:
             objective.stream = None
+    objective.commit()
     return Estimate(
-        value=center.to(objective.dtype),
+        value=objective.value,
         coefficients=coefficients,
         directions=directions,
         sigma=recipe.sigma,
         seed=seed,
-        evaluations=1 + len(directions) * len(points.sides),
+        evaluations=1 + len(directions) * len(points.sides) + objective.repeated,
         failures=0,
         _flat=flat,
         _structure=structure,
     )
 
 
-def _run(objective: Objective, recipe: Recipe, points: Points) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The center's value, the coefficients and, for an objective of one value a slice, the flat gradient."""
+def _run(objective: Objective, recipe: Recipe, points: Points) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The coefficients and, for an objective of one value a slice, the flat gradient."""
     scheme, space, num = recipe.scheme, points.directions.space, len(points)
     with contextlib.closing(recipe.evaluator(objective, points)) as pieces:  # type: ignore[type-var]
         center = next(pieces)
@@ -249,9 +250,9 @@ def _run(objective: Objective, recipe: Recipe, points: Points) -> tuple[torch.Te
     if recipe.shaping is not None:
         coefficients = _shaped(torch.cat(kept), center, recipe)
     if contraction is None:
-        return center, coefficients, None
+        return coefficients, None
     contraction.add(coefficients.reshape(num, space.slices), num)
-    return center, coefficients, contraction.result()
+    return coefficients, contraction.result()
 
 
 def _whole(pieces: Iterator[torch.Tensor], points: Points, center: torch.Tensor) -> Iterator[torch.Tensor]:

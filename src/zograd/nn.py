@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from zograd._objective import Habits
 from zograd._options import Options
 from zograd._random import plain_call
 from zograd._replica import Replica, Watch
@@ -34,6 +35,7 @@ class _ModuleFunction:
         self._module = module
         self._names = {id(p): name for name, p in parameters.items()}
         self._template: nn.Module | None = None
+        self._center: Replica | None = None
         self.__qualname__ = type(module).__qualname__
 
     def __call__(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -54,15 +56,18 @@ class _ModuleFunction:
         return out
 
     def at_center(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Evaluate as one plain call: what it logs, counts and writes to buffers stays."""
+        """Evaluate as one plain call, whose traces :meth:`commit` leaves on the module."""
         self._frozen()
-        replica = Replica(self._module, self._replacements(params), None)
-        try:
-            return nn.Module.__call__(replica.module, *args, **kwargs)
-        finally:
-            replica.commit()
+        self._center = Replica(self._module, self._replacements(params), torch.clone)
+        return nn.Module.__call__(self._center.module, *args, **kwargs)
+
+    def commit(self) -> None:
+        """Let the module have the buffers and attributes of the center's evaluation, now that the estimate is done."""
+        if self._center is not None:
+            self._center.commit()
 
     def _frozen(self) -> nn.Module:
+        """The module as it was before the center, which all other points start from."""
         if self._template is None:
             self._template = Replica(self._module, {}, torch.clone).module
         return self._template
@@ -113,7 +118,11 @@ class _ZeroOrderModule(nn.Module):
         return {name: p for name, p in parameters.items() if p.requires_grad}
 
     def _function(self, trainable: dict[str, nn.Parameter]) -> ZeroOrderFunction[Any]:
-        return ZeroOrderFunction(_ModuleFunction(self, trainable), self.zero_order_options)
+        habits = self.__dict__.setdefault("_zero_order_habits", Habits())
+        return ZeroOrderFunction(_ModuleFunction(self, trainable), self._resolved_options(), habits)
+
+    def _resolved_options(self) -> Options:
+        return self.zero_order_options
 
     def extra_repr(self) -> str:
         """The settings, for ``repr``."""
@@ -193,14 +202,13 @@ class ZeroOrderGradientModule(_ZeroOrderModule):
             raise TypeError(f"Can't instantiate abstract class {cls.__name__} without `{'` and `'.join(missing)}`.")
         return super().__new__(cls)
 
-    def _function(self, trainable: dict[str, nn.Parameter]) -> ZeroOrderFunction[Any]:
+    def _resolved_options(self) -> Options:
         sampler = self.__dict__.get("_zero_order_sampler")
         if sampler is None or not sampler.samples(self.sample):
             # Kept, since whether it can be replayed is found out once.
             sampler = Sampled(self.sample, by_keyword=True, call=f"{type(self).__name__}.sample")
             self.__dict__["_zero_order_sampler"] = sampler
-        options = dataclasses.replace(self.zero_order_options, distribution=sampler)
-        return ZeroOrderFunction(_ModuleFunction(self, trainable), options)
+        return dataclasses.replace(self.zero_order_options, distribution=sampler)
 
 
 class ZeroOrder(_ZeroOrderModule):
