@@ -7,6 +7,7 @@ seed, from which backward replays the directions, so that no Jacobian is ever st
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,9 @@ class _ZeroOrder(torch.autograd.Function):
         if not result.directions.replayable:
             plan.kept[result.seed] = result.directions
         return result.value, result.coefficients, torch.tensor(result.seed)
+
+    # torch inspects this at every call, which would cost more than the rest of its machinery.
+    forward.__func__.__signature__ = inspect.signature(forward.__func__)  # type: ignore[attr-defined]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:  # noqa: ANN401

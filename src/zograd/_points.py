@@ -57,6 +57,8 @@ class Directions:
         if not (self._span.start <= lo and hi <= self._span.stop):
             self._load(lo // self.block, -(-hi // self.block))
         start = self._span.start
+        if (lo, hi) == (start, self._span.stop):
+            return self._noise
         return tuple(part[lo - start : hi - start] for part in self._noise)
 
     def add_sum(self, lo: int, c: torch.Tensor, out: torch.Tensor) -> None:
@@ -70,7 +72,8 @@ class Directions:
         self._span = range(0)  # in case drawing fails halfway
         for block in range(first, last):
             start = block * self.block - lo
-            self._draw(block, tuple(part[start : start + self.block] for part in self._noise))
+            whole = last - first == 1
+            self._draw(block, self._noise if whole else tuple(p[start : start + self.block] for p in self._noise))
         self._span = range(lo, hi)
 
     def _draw(self, block: int, noise: Noise) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -160,7 +161,7 @@ class Space:
 
     def __post_init__(self) -> None:
         sizes = [shape.numel() // self.slices for shape in self.shapes]
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        ends = list(itertools.accumulate(sizes))
         double = torch.float64 in self.dtypes
         # Noise and sums in a leaf's own half precision would lose what the differences measure.
         object.__setattr__(self, "dtype", torch.float64 if double else torch.float32)

@@ -11,6 +11,7 @@ r"""The estimator: values at points to a gradient.
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from zograd._random import FnStream
 from zograd.errors import NonFiniteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Iterator
 
     from zograd._objective import Objective
     from zograd._tree import Leaves, Space
@@ -66,22 +67,28 @@ class Contraction:
         self._directions = directions
         self._sigma = sigma
         self._space = directions.space
-        self._blocks = list(directions.blocks())
-        self._done = 0
+        self._done = 0  # directions summed
+        self._waiting: torch.Tensor | None = None  # coefficients of a block that is not whole yet
         self._sum = torch.zeros(self._space.size, dtype=self._space.dtype, device=self._space.device)
 
-    def add(self, coefficients: torch.Tensor, available: int) -> None:
-        """Sum every block that is whole now, ``coefficients`` of shape (N, slices) being known up to ``available``."""
+    def add(self, coefficients: torch.Tensor) -> None:
+        """Take the coefficients of the next directions, one for each slice, and sum every block that is whole now."""
+        c = coefficients.reshape(-1, self._space.slices).to(device=self._space.device, dtype=self._space.dtype)
+        self._waiting = c if self._waiting is None else torch.cat([self._waiting, c])
         with _full_precision(self._space.device):
-            while self._done < len(self._blocks) and self._blocks[self._done][1] <= available:
-                lo, hi = self._blocks[self._done]
-                c = coefficients[lo:hi].to(device=self._space.device, dtype=self._space.dtype)
-                self._directions.add_sum(lo, c, self._sum)
-                self._done += 1
+            while self._waiting is not None and self._done < len(self._directions):
+                rows = min(self._directions.block, len(self._directions) - self._done)
+                if len(self._waiting) < rows:
+                    return
+                self._directions.add_sum(self._done, self._waiting[:rows], self._sum)
+                self._waiting = self._waiting[rows:] if len(self._waiting) > rows else None
+                self._done += rows
 
     def result(self) -> torch.Tensor:
         """The flat gradient, of shape (size,) in the compute dtype."""
         divisor = len(self._directions) / self._directions.distribution.scale(self._space)
+        if len(set(self._sigma)) == 1:
+            return self._sum.div_(divisor * self._sigma[0])
         for leaf, sigma in zip(self._space.split(self._sum), self._sigma, strict=True):
             leaf.div_(divisor * sigma)
         return self._sum
@@ -90,18 +97,16 @@ class Contraction:
 def contract(directions: Directions, sigma: tuple[float, ...], coefficients: torch.Tensor) -> torch.Tensor:
     """The flat gradient that belongs to coefficients of shape (N, slices)."""
     contraction = Contraction(directions, sigma)
-    contraction.add(coefficients, len(directions))
+    contraction.add(coefficients)
     return contraction.result()
 
 
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Generator[None]:
+_NOTHING = contextlib.nullcontext()
+
+
+def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """No autocast: a matrix-vector product of ours in bfloat16 would round the gradient to three digits."""
-    if not torch.is_autocast_enabled(device.type):
-        yield
-        return
-    with torch.autocast(device.type, enabled=False):
-        yield
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _NOTHING
 
 
 def by_slice(values: torch.Tensor, space: Space, lead: int) -> torch.Tensor:
@@ -233,26 +238,21 @@ def _run(objective: Objective, recipe: Recipe, points: Points) -> tuple[torch.Te
     with contextlib.closing(recipe.evaluator(objective, points)) as pieces:  # type: ignore[type-var]
         center = next(pieces)
         _check_center(center, space, recipe, objective.name)
-        coefficients = center.new_empty(num, *center.shape)
-        scalar = center.numel() == space.slices
-        contraction = Contraction(points.directions, recipe.sigma) if scalar else None
+        contraction = Contraction(points.directions, recipe.sigma) if center.numel() == space.slices else None
         kept: list[torch.Tensor] = []
         hi = 0
         for values in _whole(pieces, points, center):
             lo, hi = hi, hi + len(values)
             _check_finite(values, lo, hi, points.sides, objective.name)
-            if recipe.shaping is not None:
-                kept.append(values)
-                continue
-            coefficients[lo:hi] = scheme.combine(values, center)
-            if contraction is not None:
-                contraction.add(coefficients.view(num, space.slices), hi)
-    if recipe.shaping is not None:
-        coefficients = _shaped(torch.cat(kept), center, recipe)
-    if contraction is None:
-        return coefficients, None
-    contraction.add(coefficients.reshape(num, space.slices), num)
-    return coefficients, contraction.result()
+            kept.append(values if recipe.shaping else scheme.combine(values, center))
+            if contraction is not None and not recipe.shaping:
+                contraction.add(kept[-1])
+    coefficients = kept[0] if len(kept) == 1 else torch.cat(kept)
+    if recipe.shaping:
+        coefficients = _shaped(coefficients, center, recipe)
+        if contraction is not None:
+            contraction.add(coefficients)
+    return coefficients, None if contraction is None else contraction.result()
 
 
 def _whole(pieces: Iterator[torch.Tensor], points: Points, center: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -280,6 +280,11 @@ def _shaped(values: torch.Tensor, center: torch.Tensor, recipe: Recipe) -> torch
     return recipe.scheme.combine(shaped.to(values), torch.zeros_like(center))
 
 
+def _all_finite(values: torch.Tensor) -> bool:
+    # A sum is one operation where isfinite and all are two; only if it overflows is it not the answer.
+    return math.isfinite(values.sum()) or bool(torch.isfinite(values).all())
+
+
 def _check_center(center: torch.Tensor, space: Space, recipe: Recipe, name: str) -> None:
     shape = tuple(center.shape)
     if recipe.shaping is not None and shape:
@@ -289,8 +294,8 @@ def _check_center(center: torch.Tensor, space: Space, recipe: Recipe, name: str)
             f"`zero_order(batch_dim={space.batch_dim})`: {name} must return one entry a slice, {space.slices} along dimension "
             f"{space.batch_dim}, got the shape {shape}."
         )
-    bad = int((~torch.isfinite(center)).sum()) if not torch.isfinite(center).all() else 0
-    if bad:
+    if not _all_finite(center):
+        bad = int((~torch.isfinite(center)).sum())
         raise NonFiniteError(
             f"{name} returned {bad} non-finite value{'s' * (bad > 1)} of {center.numel()} at the parameters themselves "
             f"(the center): {center.flatten()[:_NAMED].tolist()}."
@@ -298,9 +303,9 @@ def _check_center(center: torch.Tensor, space: Space, recipe: Recipe, name: str)
 
 
 def _check_finite(values: torch.Tensor, lo: int, hi: int, sides: tuple[float, ...], name: str) -> None:
-    finite = torch.isfinite(values)
-    if finite.all():
+    if _all_finite(values):
         return
+    finite = torch.isfinite(values)
     points = (~finite).flatten(2).any(dim=2) if finite.dim() > 2 else ~finite
     where = [f"{lo + i} (offset {sides[j]:+g})" for i, j in points.nonzero()[:_NAMED].tolist()]
     count = int(points.sum())

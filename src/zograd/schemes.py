@@ -7,7 +7,9 @@ c_j \epsilon)`. A new formula is a new row of numbers, never a new function.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,12 +73,12 @@ class Scheme:
     def _moment(self, power: int) -> float:
         return math.fsum(w * c**power for w, c in zip(self.weights, self.offsets, strict=True))
 
-    @property
+    @functools.cached_property
     def uses_center(self) -> bool:
         """Whether the value at the center is part of the difference."""
         return 0.0 in self.offsets
 
-    @property
+    @functools.cached_property
     def sides(self) -> tuple[float, ...]:
         """The offsets without the center: one evaluation for each of them and each direction."""
         return tuple(c for c in self.offsets if c)
@@ -103,14 +105,9 @@ class Scheme:
             Coefficients of shape ``(directions, *out)``.
         """
         # Elementwise, so that the bits cannot depend on how many directions come at once.
-        weights = dict(zip(self.offsets, self.weights, strict=True))
-        terms = [weights[c] * sides[:, j] for j, c in enumerate(self.sides)]
-        if self.uses_center:
-            terms.append(weights[0.0] * center)
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        return total
+        columns = iter(sides.unbind(1))
+        terms = (w * (next(columns) if c else center) for c, w in zip(self.offsets, self.weights, strict=True))
+        return functools.reduce(operator.add, terms)
 
     def __repr__(self) -> str:
         return self.name or f"Scheme(offsets={self.offsets}, weights={self.weights})"

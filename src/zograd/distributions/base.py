@@ -98,9 +98,10 @@ class Dense(Distribution):
     def draw(self, space: Space, noise: Noise, seed: int, block: int) -> None:
         """Fill the block by tiles, a stream each."""
         values = noise[0].view(-1)
+        parts = values.split(TILE) if len(values) > TILE else (values,)
         tiles = -(-max(BLOCK, space.size) // TILE)  # of a whole block, so that a last, partial one keeps its keys
         generator = torch.Generator(space.device)
-        for tile, part in enumerate(values.split(TILE)):
+        for tile, part in enumerate(parts):
             generator.manual_seed(key(seed, Purpose.DIRECTION, block * tiles + tile))
             self.fill(part, generator)
 
