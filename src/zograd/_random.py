@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zograd.errors import SharedStreamError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from contextvars import Token
     from types import TracebackType
 
@@ -89,8 +89,11 @@ def draw_seed(seed: int | None, generator: torch.Generator | None) -> int:
             return outer.next_seed()
     if seed is not None:
         return seed
-    device = "cpu" if generator is None else generator.device
-    return int(torch.empty((), dtype=torch.int64, device=device).random_(generator=generator))
+    return _ownership.draw() if generator is None else _draw(generator)
+
+
+def _draw(generator: torch.Generator) -> int:
+    return int(torch.empty((), dtype=torch.int64, device=generator.device).random_(generator=generator))
 
 
 # ---------------------------------------------------------------------------------------------- torch's global stream
@@ -105,17 +108,20 @@ def _default_generators(device: torch.device) -> list[torch.Generator]:
 
 
 class _Ownership:
-    """Which thread's estimate may seed torch's global stream: the first that asks, until it is done."""
+    """Which thread's estimate may seed torch's global CPU stream: the first that asks, until it is done."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._thread: int | None = None
         self._depth = 0
+        self._state = torch.empty(0)  # of the global stream as all others should find it
 
     def acquire(self) -> bool:
         with self._lock:
             if self._depth and self._thread != threading.get_ident():
                 return False
+            if not self._depth:
+                self._state = torch.default_generator.get_state()
             self._thread = threading.get_ident()
             self._depth += 1
             return True
@@ -123,6 +129,19 @@ class _Ownership:
     def release(self) -> None:
         with self._lock:
             self._depth -= 1
+            if not self._depth:
+                torch.default_generator.set_state(self._state)
+
+    def draw(self) -> int:
+        """One draw from the global stream, past the owner if that is another thread."""
+        with self._lock:
+            if not self._depth or self._thread == threading.get_ident():
+                return _draw(torch.default_generator)
+            beside = torch.Generator()
+            beside.set_state(self._state)
+            drawn = _draw(beside)
+            self._state = beside.get_state()
+            return drawn
 
 
 _ownership = _Ownership()
@@ -160,33 +179,50 @@ class _LocalDraws(TorchDispatchMode):
 def _overload_with_generator(func: Any) -> Any:  # noqa: ANN401 - torch's operators have no public type
     """The overload of a random operator with the same arguments and a generator, if there is one."""
 
-    def arguments(overload: Any) -> list[str]:  # noqa: ANN401
-        return [a.name for a in overload._schema.arguments if a.name != "generator"]
+    def arguments(overload: Any) -> dict[str, str]:  # noqa: ANN401
+        return {a.name: str(a.type) for a in overload._schema.arguments}
 
+    own = arguments(func)
+    if "generator" in own:
+        return func
     packet = func.overloadpacket
     candidates = (getattr(packet, name) for name in packet.overloads())
-    same = (c for c in candidates if arguments(c) == arguments(func))
-    return next((c for c in same if any(a.name == "generator" for a in c._schema.arguments)), None)
+    return next((c for c in candidates if arguments(c) == {**own, "generator": "Optional[Generator]"}), None)
+
+
+_thread = threading.local()  # .draws: the _LocalDraws that is active in this thread
 
 
 class TorchStream:
-    """While entered, ``seed(k)`` decides what torch's random functions draw in this thread; left, all is as before."""
+    """While entered, ``seed(k)`` decides what torch's random functions draw in this thread; left, all is as before.
+
+    The first thread to enter owns torch's global stream until it has left for good; others draw from generators of their
+    own, and keep to them in what they enter meanwhile.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._generators: Iterable[torch.Generator] = ()
+        self._generators: list[torch.Generator] = []
         self._states: list[torch.Tensor] = []
-        self._local: _LocalDraws | None = None
+        self._leave: list[Callable[..., Any]] = []
 
     def __enter__(self) -> TorchStream:
-        if _ownership.acquire():
+        draws = getattr(_thread, "draws", None)
+        if draws is not None:
+            self._generators = list(draws.generators.values())
+        elif _ownership.acquire():
+            self._leave = [_ownership.release]
             self._generators = _default_generators(self._device)
-            self._states = [g.get_state() for g in self._generators]
         else:
-            self._local = _LocalDraws(self._device)
-            self._local.__enter__()
-            self._generators = self._local.generators.values()
+            self._begin_local_draws()
+        self._states = [g.get_state() for g in self._generators]
         return self
+
+    def _begin_local_draws(self) -> None:
+        draws = _thread.draws = _LocalDraws(self._device)
+        draws.__enter__()
+        self._generators = list(draws.generators.values())
+        self._leave = [lambda: draws.__exit__(None, None, None), lambda: setattr(_thread, "draws", None)]
 
     def seed(self, seed: int) -> None:
         """Let every stream start at ``seed``."""
@@ -196,14 +232,12 @@ class TorchStream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._local is not None:
-            self._local.__exit__(kind, error, trace)
-            return
         try:
             for generator, state in zip(self._generators, self._states, strict=True):
                 generator.set_state(state)
         finally:
-            _ownership.release()
+            for leave in self._leave:
+                leave()
 
 
 # ------------------------------------------------------------------------------------------------- what fn sees of it

@@ -188,16 +188,16 @@ class Space:
         lead = flat.shape[:-1]
         if self.batch_dim is None:
             return tuple(
-                flat[..., a:b].view(*lead, *shape) for (a, b), shape in zip(self.bounds, self.shapes, strict=True)
+                flat[..., a:b].view(lead + shape) for (a, b), shape in zip(self.bounds, self.shapes, strict=True)
             )
-        rows = flat.view(*lead, self.slices, self.dim)
+        rows = flat.view((*lead, self.slices, self.dim))
         return tuple(self._leaf(rows[..., a:b], i) for i, (a, b) in enumerate(self.bounds))
 
     def _leaf(self, rows: torch.Tensor, i: int) -> torch.Tensor:
         assert self.batch_dim is not None  # noqa: S101 - for the type checker
         lead, shape = rows.shape[:-2], self.shapes[i]
         rest = shape[: self.batch_dim] + shape[self.batch_dim + 1 :]
-        return rows.reshape(*lead, self.slices, *rest).movedim(len(lead), len(lead) + self.batch_dim)
+        return rows.reshape((*lead, self.slices, *rest)).movedim(len(lead), len(lead) + self.batch_dim)
 
     def join(self, leaves: Leaves) -> torch.Tensor:
         """The flat vector of some leaves of these shapes."""

@@ -91,13 +91,24 @@ class ZeroOrderFunction(Generic[P]):
         return ZeroOrderFunction(self.fn, self.options.replace(**options), self._habits)
 
     def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        if not self.options.evaluator.batched:
-            return _any_tensor(plain_call(self.fn, args, kwargs), self._typed)
+        if self.options.evaluator.batched:
+            return self._plain_with_leading_one(args, kwargs)
+        try:
+            out = plain_call(self.fn, args, kwargs)
+        except RuntimeError as error:
+            # In an estimate fn sees points that do not require grad; what it may do there it may do here.
+            if "requires grad" not in str(error) or torch.is_grad_enabled():
+                raise
+            arguments = self._arguments(args, kwargs)
+            detached, kwargs = arguments.builder()(tuple(p.detach() for p in arguments.params()))
+            out = plain_call(self.fn, tuple(detached), kwargs)
+        return _any_tensor(out, self._typed)
+
+    def _plain_with_leading_one(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         arguments = self._arguments(args, kwargs)
-        params = tuple(p.unsqueeze(0) for p in arguments.params())
-        built, keywords = arguments.builder()(params)
+        built, kwargs = arguments.builder()(tuple(p.unsqueeze(0) for p in arguments.params()))
         fn = getattr(self.fn, "at_center", self.fn)
-        return _any_tensor(plain_call(fn, tuple(built), keywords, rows=1), self._typed)[0]
+        return _any_tensor(plain_call(fn, tuple(built), kwargs, rows=1), self._typed)[0]
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         arguments = flatten(args, kwargs, [self._place(a, args, kwargs) for a in self.options.argnums])
