@@ -20,7 +20,9 @@ def distribution(sample_shape=torch.Size()):
 
 
 @pytest.mark.parametrize(
-    "form", [Distribution(), distribution, torch.distributions.Normal(loc=0, scale=1)], ids=["class", "function", "torch"]
+    "form",
+    [Distribution(), distribution, torch.distributions.Normal(loc=0, scale=1)],
+    ids=["class", "function", "torch"],
 )
 def test_functional_listing(form):
     torch.manual_seed(0)

@@ -64,7 +64,7 @@ class Plan:
 
 def differentiate(plan: Plan, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The value of ``fn``, with the estimate behind it for autograd."""
-    value: torch.Tensor = _ZeroOrder.apply(plan, *tensors)[0]
+    value: torch.Tensor = _ZeroOrder.apply(plan, *tensors)[0]  # type: ignore[no-untyped-call]
     return value
 
 
@@ -82,7 +82,7 @@ class _ZeroOrder(torch.autograd.Function):
     forward.__func__.__signature__ = inspect.signature(forward.__func__)  # type: ignore[attr-defined]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:  # noqa: ANN401
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         plan, *tensors = inputs
         ctx.plan = plan
         ctx.space = plan.space(tensors)
@@ -95,7 +95,7 @@ class _ZeroOrder(torch.autograd.Function):
         ctx.save_for_forward(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, cotangent: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
+    def backward(ctx: Any, cotangent: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[Any, ...]:
         grads: list[Any] = [None] * (1 + ctx.inputs)
         if cotangent is not None:
             flat = _pull_back(ctx.plan, ctx.space, ctx.saved_tensors, cotangent)
@@ -104,7 +104,7 @@ class _ZeroOrder(torch.autograd.Function):
         return tuple(grads)
 
     @staticmethod
-    def jvp(ctx: Any, _plan: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:  # noqa: ANN401
+    def jvp(ctx: Any, _plan: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         payload, space = ctx.saved_tensors, ctx.space
         columns = _push_forward(ctx.plan, space, payload, [tangents[i] for i in ctx.plan.chosen])
         value = columns.reshape(ctx.shape).to(ctx.dtype)
@@ -112,12 +112,12 @@ class _ZeroOrder(torch.autograd.Function):
         return value, torch.zeros_like(payload[0]), *(None for _ in payload[1:])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: torch.Tensor) -> tuple[Any, Any]:  # noqa: ANN401
+    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: torch.Tensor) -> tuple[Any, Any]:
         def instance(b: int) -> list[torch.Tensor]:
             return [t if dim is None else t.select(dim, b) for t, dim in zip(tensors, in_dims[1:], strict=True)]
 
         # One estimate an instance, a seed each, below the transform: fn may be numpy and may draw.
-        outs = [_ZeroOrder.apply(plan, *instance(b)) for b in range(info.batch_size)]
+        outs = [_ZeroOrder.apply(plan, *instance(b)) for b in range(info.batch_size)]  # type: ignore[no-untyped-call]
         stacked = tuple(torch.stack(column) for column in zip(*outs, strict=True))
         return stacked, (0,) * len(stacked)
 
@@ -135,10 +135,8 @@ def _push_forward(
     plan: Plan, space: Space, payload: tuple[torch.Tensor, ...], tangents: list[torch.Tensor | None]
 ) -> torch.Tensor:
     """Jacobian times tangent, of the shape of the value."""
-    like = [t for t in tangents if t is not None][0]
-    leaves = tuple(
-        like.new_zeros(shape) if t is None else t for t, shape in zip(tangents, space.shapes, strict=True)
-    )
+    like = next(t for t in tangents if t is not None)
+    leaves = tuple(like.new_zeros(shape) if t is None else t for t, shape in zip(tangents, space.shapes, strict=True))
     payload, vector = _fenced(payload), space.join(leaves)
     if len(payload) > 1:
         return _apply(_Project, plan, space, payload[1], payload[0], vector)
@@ -151,8 +149,8 @@ def _fenced(payload: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return (_apply(_Fence, payload[0]), *payload[1:]) if torch.is_grad_enabled() else payload
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:  # noqa: ANN401
-    out: torch.Tensor = function.apply(*args)
+def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
+    out: torch.Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -164,21 +162,22 @@ class _Fence(torch.autograd.Function):
         return payload.view_as(payload)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ANN401
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:  # noqa: ANN401
+    def backward(ctx: Any, *_: Any) -> Any:
         raise _no_second_derivative()
 
     @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:  # noqa: ANN401
+    def jvp(ctx: Any, *_: Any) -> Any:
         raise _no_second_derivative()
 
 
 def _no_second_derivative() -> SecondDerivativeError:
     return SecondDerivativeError(
-        "a second derivative was asked for (create_graph=True, or a nested torch.func transform), and an estimate has the "
+        "a second derivative was asked for (create_graph=True, or a nested torch.func transform), and an estimate has "
+        "the "
         "first one only. If the outer derivative does not concern the decorated function, detach its gradient."
     )
 
@@ -194,24 +193,24 @@ class _Contract(torch.autograd.Function):
         return contract(directions, plan.recipe.sigma, weigh(coefficients, cotangent, space))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ANN401
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.plan, ctx.space, seed, coefficients, cotangent = inputs
         ctx.save_for_backward(seed, coefficients, cotangent)
 
     @staticmethod
-    def backward(ctx: Any, vector: torch.Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+    def backward(ctx: Any, vector: torch.Tensor) -> tuple[Any, ...]:
         seed, coefficients, cotangent = ctx.saved_tensors
         values = _apply(_Project, ctx.plan, ctx.space, seed, coefficients, vector)
         # The coefficients come through a fence, which raises if anything asks for the zero here.
         return None, None, None, torch.zeros_like(coefficients), values.to(cotangent.dtype)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, space: Space, *tensors: torch.Tensor) -> tuple[Any, int]:  # noqa: ANN401
+    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, space: Space, *tensors: torch.Tensor) -> tuple[Any, int]:
         return _each(_Contract, info.batch_size, in_dims, plan, space, tensors), 0
 
 
 class _Project(torch.autograd.Function):
-    """Coefficients and a flat tangent to a tangent of the value, the directions replayed: the transpose of _Contract."""
+    """Coefficients and a flat tangent to a tangent of the value: the transpose of _Contract."""
 
     @staticmethod
     def forward(
@@ -227,18 +226,18 @@ class _Project(torch.autograd.Function):
         return _from_slices(mean, coefficients.shape[1:], space)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ANN401
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.plan, ctx.space, seed, coefficients, _ = inputs
         ctx.save_for_backward(seed, coefficients)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:  # noqa: ANN401
+    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
         seed, coefficients = ctx.saved_tensors
         flat = _apply(_Contract, ctx.plan, ctx.space, seed, coefficients, cotangent)
         return None, None, None, torch.zeros_like(coefficients), flat
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, space: Space, *tensors: torch.Tensor) -> tuple[Any, int]:  # noqa: ANN401
+    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, space: Space, *tensors: torch.Tensor) -> tuple[Any, int]:
         return _each(_Project, info.batch_size, in_dims, plan, space, tensors), 0
 
 

@@ -22,8 +22,15 @@ __all__ = ["Habits", "Objective", "Value", "as_tensor"]
 Value: TypeAlias = "float | torch.Tensor"
 
 
-def as_tensor(out: Any, name: str) -> torch.Tensor:  # noqa: ANN401 - whatever fn returned
+def as_tensor(out: Any, name: str) -> torch.Tensor:
     """What fn returned, as a tensor: of its own dtype, or torch's default one for a Python number.
+
+    Args:
+        out: what fn returned.
+        name: how errors call fn.
+
+    Returns:
+        The tensor.
 
     Raises:
         TypeError: if it is not a number or an array of real floating-point numbers.
@@ -38,7 +45,7 @@ def as_tensor(out: Any, name: str) -> torch.Tensor:  # noqa: ANN401 - whatever f
     return out
 
 
-def _from_number(out: Any, name: str) -> torch.Tensor:  # noqa: ANN401
+def _from_number(out: Any, name: str) -> torch.Tensor:
     if isinstance(out, (int, float)) and not isinstance(out, bool):
         return torch.tensor(out, dtype=torch.get_default_dtype())
     # numpy's scalars and arrays, recognized by what they offer, so that numpy need not be imported.
@@ -47,13 +54,13 @@ def _from_number(out: Any, name: str) -> torch.Tensor:  # noqa: ANN401
     raise TypeError(f"{name} must return a tensor or a number, got {type(out).__name__} {out!r:.80}.")
 
 
-def _numpy_dtype(out: Any) -> torch.dtype:  # noqa: ANN401
+def _numpy_dtype(out: Any) -> torch.dtype:
     return {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}.get(
         out.dtype.name, torch.get_default_dtype()
     )
 
 
-def function_name(fn: Any) -> str:  # noqa: ANN401 - any callable
+def function_name(fn: Any) -> str:
     """How errors call a function."""
     return f"`{getattr(fn, '__qualname__', None) or type(fn).__qualname__}`"
 
@@ -66,18 +73,18 @@ class Habits:
     """Whether it asks autograd for derivatives with respect to its differentiated arguments."""
 
 
-class _NeedsGrad(Exception):  # noqa: N818 - never leaves this module
+class _NeedsGrad(Exception):
     """An optimizer was about to skip a point, since it does not require grad."""
 
 
 class Objective:
     """``fn`` with everything but its differentiated leaves filled in.
 
-    Evaluators call it at points; it sets the random state for each, checks what comes back and keeps a float64 copy, made
-    before the next point is (an ``fn`` may return a view of its argument).
+    Evaluators call it at points; it sets the random state for each, checks what comes back and keeps a float64 copy,
+    made before the next point is (an ``fn`` may return a view of its argument).
 
-    Points require grad only if ``fn`` differentiates with respect to them itself. That shows when autograd complains, or
-    when an optimizer of torch is about to step past one; then that evaluation is repeated, and the habit remembered.
+    Points require grad only if ``fn`` differentiates with respect to them itself. That shows when autograd complains,
+    or when an optimizer of torch is about to step past one; then that evaluation is repeated, and the habit remembered.
 
     Args:
         fn: the user's function. If it has ``at_center``, that is called for the center instead, and ``commit`` once the
@@ -125,7 +132,7 @@ class Objective:
         if vmapped:
             # The check for a tensor comes inside: vmap has its own words for anything else.
             function = torch.vmap(lambda p: as_tensor(self._call(self._fn, p), self.name), randomness=randomness)
-            out = self._evaluate(params, lo, None, lambda p: function(p), vmapped=True)
+            out: torch.Tensor = self._evaluate(params, lo, None, function, vmapped=True)
         else:
             out = as_tensor(self._evaluate(params, lo, range(lo, hi), self._fn), self.name)
         wanted = torch.Size((hi - lo, *self.shape))
@@ -141,7 +148,7 @@ class Objective:
 
     def _evaluate(
         self, params: Leaves, index: int, rows: range | None, fn: Callable[..., Any], *, vmapped: bool = False
-    ) -> Any:  # noqa: ANN401 - whatever fn returns
+    ) -> Any:
         run = fn if vmapped else functools.partial(self._call, fn)
         self._begin(index, rows, vmapped=vmapped)
         if self._habits.differentiates:
@@ -158,7 +165,7 @@ class Objective:
         self._begin(index, rows, vmapped=vmapped)
         return run(_tracked(params))
 
-    def _call(self, fn: Callable[..., Any], params: Leaves) -> Any:  # noqa: ANN401
+    def _call(self, fn: Callable[..., Any], params: Leaves) -> Any:
         args, kwargs = self._build(params)
         return fn(*args, **kwargs)
 
@@ -169,7 +176,8 @@ class Objective:
     def _drop_leading_one(self, value: torch.Tensor) -> torch.Tensor:
         if value.shape[:1] != (1,):
             raise ValueError(
-                f'{self.name} with `evaluator="batched"` takes a leading axis of parameter sets and must return one value '
+                f'{self.name} with `evaluator="batched"` takes a leading axis of parameter sets and must return one '
+                "value "
                 f"each: for one set it returned the shape {tuple(value.shape)} where (1, ...) was expected."
             )
         return value[0]
@@ -193,10 +201,10 @@ _NOTHING = contextlib.nullcontext()
 
 @contextlib.contextmanager
 def _no_skipped_step(params: Leaves) -> Generator[None]:
-    """Notice an optimizer that would pass over a point because it has no gradient: autograd alone would not complain."""
+    """Notice an optimizer that would pass over a point without a gradient, of which autograd does not complain."""
     ours = {id(p) for p in params}
 
-    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:  # noqa: ANN401
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             raise _NeedsGrad
 

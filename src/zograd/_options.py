@@ -53,7 +53,7 @@ class Options:
     call: str = "zero_order"
 
     @classmethod
-    def make(cls, call: str = "zero_order", **given: Any) -> Options:  # noqa: ANN401
+    def make(cls, call: str = "zero_order", **given: Any) -> Options:
         """Check settings and bring them to one form.
 
         Args:
@@ -72,7 +72,7 @@ class Options:
         options._check_together()
         return options
 
-    def replace(self, **changes: Any) -> Options:  # noqa: ANN401
+    def replace(self, **changes: Any) -> Options:
         """These options with some changed, checked again.
 
         Args:
@@ -93,18 +93,24 @@ class Options:
     def _check_together(self) -> None:
         typed = f"`{self.call}(generator=..., seed=...)`"
         if self.generator is not None and self.seed is not None:
-            raise ValueError(f"{typed} must not have both, got {self.generator} and {self.seed}: `seed` fixes every call.")
+            raise ValueError(
+                f"{typed} must not have both, got {self.generator} and {self.seed}: `seed` fixes every call."
+            )
         if self.shaping is not None and self.method.uses_center and not self.method.is_difference:
-            raise ValueError(f"`{self.call}(shaping=..., method={self.method})` needs a scheme whose weights sum to zero.")
+            raise ValueError(
+                f"`{self.call}(shaping=..., method={self.method})` needs a scheme whose weights sum to zero."
+            )
         if self.shaping is not None and self.batch_dim is not None:
-            raise ValueError(f"`{self.call}(shaping=..., batch_dim={self.batch_dim})`: shaping is for objectives of one value.")
+            raise ValueError(
+                f"`{self.call}(shaping=..., batch_dim={self.batch_dim})`: shaping is for objectives of one value."
+            )
 
     def __repr__(self) -> str:
         settings = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "call")
         return f"Options({', '.join(settings)})"
 
 
-def _method(value: Any, typed: str, call: str) -> Scheme:  # noqa: ANN401 - whatever the user passed, here and below
+def _method(value: Any, typed: str, call: str) -> Scheme:
     if isinstance(value, Scheme):
         return value
     if not isinstance(value, str):
@@ -114,7 +120,7 @@ def _method(value: Any, typed: str, call: str) -> Scheme:  # noqa: ANN401 - what
     return SCHEMES[value]
 
 
-def _argnums(value: Any, typed: str, call: str) -> tuple[int, ...]:  # noqa: ANN401
+def _argnums(value: Any, typed: str, call: str) -> tuple[int, ...]:
     argnums = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if not argnums or any(isinstance(a, bool) or not isinstance(a, int) for a in argnums):
         raise TypeError(f"{typed} must be an int or a tuple of ints, got {value!r}.")
@@ -125,7 +131,7 @@ def _argnums(value: Any, typed: str, call: str) -> tuple[int, ...]:  # noqa: ANN
     return argnums
 
 
-def _integer(value: Any, typed: str) -> int:  # noqa: ANN401
+def _integer(value: Any, typed: str) -> int:
     try:
         if isinstance(value, (bool, torch.Tensor)):
             raise TypeError
@@ -134,14 +140,14 @@ def _integer(value: Any, typed: str) -> int:  # noqa: ANN401
         raise TypeError(f"{typed} must be an int, got {type(value).__name__} {value!r}.") from None
 
 
-def _num_samples(value: Any, typed: str, call: str) -> int:  # noqa: ANN401
+def _num_samples(value: Any, typed: str, call: str) -> int:
     num = _integer(value, typed)
     if num < 1:
         raise ValueError(f"{typed} must be at least 1, got {num}.")
     return num
 
 
-def _sigma(value: Any, typed: str, call: str) -> Any:  # noqa: ANN401
+def _sigma(value: Any, typed: str, call: str) -> Any:
     leaves = numbers(value)
     if not leaves:
         raise ValueError(f"{typed} must be a positive number or a tree of them, got {value!r}.")
@@ -150,20 +156,22 @@ def _sigma(value: Any, typed: str, call: str) -> Any:  # noqa: ANN401
     return value if isinstance(value, (tuple, list, dict)) else float(value)
 
 
-def _check_radius(value: Any, typed: str) -> None:  # noqa: ANN401
+def _check_radius(value: Any, typed: str) -> None:
     try:
         if isinstance(value, (bool, str)):
             raise TypeError
         radius = float(value)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{typed} must be a number or a tree of numbers, got {type(value).__name__} {value!r:.80}.") from None
+        raise TypeError(
+            f"{typed} must be a number or a tree of numbers, got {type(value).__name__} {value!r:.80}."
+        ) from None
     if not radius > 0:
         raise ValueError(f"{typed} must be positive, got {radius!r}.")
     if math.isinf(radius):
         raise ValueError(f"{typed} must be finite, got {radius!r}.")
 
 
-def _evaluator(value: Any, typed: str, call: str) -> Evaluator:  # noqa: ANN401
+def _evaluator(value: Any, typed: str, call: str) -> Evaluator:
     if isinstance(value, Evaluator):
         return value
     if isinstance(value, type) and issubclass(value, Evaluator):
@@ -175,21 +183,22 @@ def _evaluator(value: Any, typed: str, call: str) -> Evaluator:  # noqa: ANN401
     return EVALUATORS[value]()
 
 
-def _shaping(value: Any, typed: str, call: str) -> Shaping | None:  # noqa: ANN401
+def _shaping(value: Any, typed: str, call: str) -> Shaping | None:
     if value is not None and not callable(value):
         raise TypeError(
-            f"{typed} must be None or a function such as `zograd.shaping.leave_one_out`, got {type(value).__name__} {value!r}."
+            f"{typed} must be None or a function such as `zograd.shaping.leave_one_out`, got {type(value).__name__} "
+            f"{value!r}."
         )
     return value  # type: ignore[no-any-return]
 
 
-def _failures(value: Any, typed: str, call: str) -> str:  # noqa: ANN401
+def _failures(value: Any, typed: str, call: str) -> str:
     if value != "raise":
         raise ValueError(f"{typed} must be 'raise', got {value!r}.")
     return "raise"
 
 
-def _batch_dim(value: Any, typed: str, call: str) -> int | None:  # noqa: ANN401
+def _batch_dim(value: Any, typed: str, call: str) -> int | None:
     if value is None:
         return None
     dim = _integer(value, typed)
@@ -198,13 +207,13 @@ def _batch_dim(value: Any, typed: str, call: str) -> int | None:  # noqa: ANN401
     return dim
 
 
-def _generator(value: Any, typed: str, call: str) -> torch.Generator | None:  # noqa: ANN401
+def _generator(value: Any, typed: str, call: str) -> torch.Generator | None:
     if value is not None and not isinstance(value, torch.Generator):
         raise TypeError(f"{typed} must be a torch.Generator or None, got {type(value).__name__} {value!r}.")
     return value
 
 
-def _seed(value: Any, typed: str, call: str) -> int | None:  # noqa: ANN401
+def _seed(value: Any, typed: str, call: str) -> int | None:
     if value is None:
         return None
     seed = _integer(value, typed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 from zograd.errors import ReplayError
@@ -91,7 +92,8 @@ class Directions:
     def __getstate__(self) -> dict[str, Any]:
         if not self.replayable:
             raise ReplayError(
-                f"the directions of {self.distribution} cannot be made again elsewhere: its `sample` gave two answers for "
+                f"the directions of {self.distribution} cannot be made again elsewhere: its `sample` gave two answers "
+                "for "
                 "one state of torch's random stream. Draw from torch's random functions in it."
             )
         return {**self.__dict__, "_span": range(0), "_noise": (), "_kept": []}
@@ -110,7 +112,9 @@ class Points:
         sides: the scheme's offsets without the center.
     """
 
-    def __init__(self, params: Leaves, directions: Directions, sigma: tuple[float, ...], sides: tuple[float, ...]) -> None:
+    def __init__(
+        self, params: Leaves, directions: Directions, sigma: tuple[float, ...], sides: tuple[float, ...]
+    ) -> None:
         self.params = params
         self.directions = directions
         self.sides = sides
@@ -128,7 +132,11 @@ class Points:
         d = self.directions
         parts = d.distribution.parts(d.space, d.noise(lo, hi))
         for row in zip(*(part.unbind(0) for part in parts), strict=True):
-            yield lambda side, row=row: d.distribution.shift(d.space, self.params, row, self._scales[side])
+            yield functools.partial(self._point, row)
+
+    def _point(self, row: Noise, side: float) -> Leaves:
+        d = self.directions
+        return d.distribution.shift(d.space, self.params, row, self._scales[side])
 
     def batch(self, lo: int, hi: int, side: float) -> Leaves:
         """The points of directions ``lo`` to ``hi`` at one side, with a leading axis of rows."""
@@ -140,10 +148,17 @@ class Points:
         """Spans of about ``chunk`` directions that cover ``lo`` to ``hi`` and cut no block they could keep whole.
 
         A span is either within one block or made of whole blocks: otherwise a block would have to be drawn twice.
+
+        Yields:
+            The bounds of each span, in order.
         """
         stop, block = len(self) if hi is None else hi, self.directions.block
         step = chunk // block * block or chunk
         while lo < stop:
-            end = min(lo + step, stop) if chunk >= block and lo % block == 0 else min(lo + chunk, (lo // block + 1) * block)
+            end = (
+                min(lo + step, stop)
+                if chunk >= block and lo % block == 0
+                else min(lo + chunk, (lo // block + 1) * block)
+            )
             yield lo, min(end, stop)
             lo = min(end, stop)

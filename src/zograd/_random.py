@@ -1,7 +1,7 @@
 """Keyed random streams, and the random state that ``fn`` sees.
 
-A key is (64-bit seed, purpose, counter). Everything random in an estimate is a function of its key, so that any slice of
-any direction regenerates alone, on any worker, in any order. Purposes never share a stream.
+A key is (64-bit seed, purpose, counter). Everything random in an estimate is a function of its key, so that any slice
+of any direction regenerates alone, on any worker, in any order. Purposes never share a stream.
 """
 
 from __future__ import annotations
@@ -58,11 +58,16 @@ def key(seed: int, purpose: Purpose, counter: int) -> int:
     torch's CPU generator reads the low 32 bits of its seed only, so all 64 bits of ours have to be mixed into them. For
     one seed the map from (purpose, counter) is a bijection: no two streams of an estimate can collide.
 
+    Returns:
+        What a generator is seeded with.
+
     Raises:
         OverflowError: if the counter does not fit; an estimate that large has over 2**45 random values.
     """
     if counter >> _COUNTER_BITS:
-        raise OverflowError(f"an estimate has at most 2**{_COUNTER_BITS} streams for each purpose, got number {counter}.")
+        raise OverflowError(
+            f"an estimate has at most 2**{_COUNTER_BITS} streams for each purpose, got number {counter}."
+        )
     mixed = _mix64(seed)
     return _mix32(_mix32((purpose << _COUNTER_BITS | counter) ^ (mixed & _MASK32)) ^ (mixed >> 32))
 
@@ -80,6 +85,9 @@ def draw_seed(seed: int | None, generator: torch.Generator | None) -> int:
 
     Inside another estimate's ``fn`` it is derived from the outer point's key instead, so that both sides of a pair see
     the same inner directions, and those are independent of the outer ones even where both were given one seed.
+
+    Returns:
+        A seed of 63 bits.
     """
     outer = _stream.get()
     if isinstance(outer, FnStream):
@@ -155,19 +163,24 @@ class _LocalDraws(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.generators = {d: torch.Generator(d) for d in {torch.device("cpu"), device}}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401 - torch's own signature
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
         overload = _overload_with_generator(func)
         if overload is None:
             raise SharedStreamError(
-                f"`{func}` drew from torch's global random stream in thread {threading.current_thread().name!r} while an "
+                f"`{func}` drew from torch's global random stream in thread {threading.current_thread().name!r} while "
+                "an "
                 "estimate in another thread owns it, so its numbers could not be reproduced. Draw from a generator: "
                 "`torch.Generator().manual_seed(zograd.current_seed())`."
             )
@@ -176,10 +189,10 @@ class _LocalDraws(TorchDispatchMode):
         return overload(*args, **kwargs, generator=self.generators[device])
 
 
-def _overload_with_generator(func: Any) -> Any:  # noqa: ANN401 - torch's operators have no public type
+def _overload_with_generator(func: Any) -> Any:
     """The overload of a random operator with the same arguments and a generator, if there is one."""
 
-    def arguments(overload: Any) -> dict[str, str]:  # noqa: ANN401
+    def arguments(overload: Any) -> dict[str, str]:
         return {a.name: str(a.type) for a in overload._schema.arguments}
 
     own = arguments(func)
@@ -196,8 +209,8 @@ _thread = threading.local()  # .draws: the _LocalDraws that is active in this th
 class TorchStream:
     """While entered, ``seed(k)`` decides what torch's random functions draw in this thread; left, all is as before.
 
-    The first thread to enter owns torch's global stream until it has left for good; others draw from generators of their
-    own, and keep to them in what they enter meanwhile.
+    The first thread to enter owns torch's global stream until it has left for good; others draw from generators of
+    their own, and keep to them in what they enter meanwhile.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -220,9 +233,12 @@ class TorchStream:
 
     def _begin_local_draws(self) -> None:
         draws = _thread.draws = _LocalDraws(self._device)
-        draws.__enter__()
+        draws.__enter__()  # type: ignore[no-untyped-call]
         self._generators = list(draws.generators.values())
-        self._leave = [lambda: draws.__exit__(None, None, None), lambda: setattr(_thread, "draws", None)]
+        self._leave = [
+            lambda: draws.__exit__(None, None, None),  # type: ignore[no-untyped-call]
+            lambda: setattr(_thread, "draws", None),
+        ]
 
     def seed(self, seed: int) -> None:
         """Let every stream start at ``seed``."""
@@ -279,12 +295,12 @@ class FnStream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._token is not None  # noqa: S101 - for the type checker; `with` cannot exit before it enters
+        assert self._token is not None
         _stream.reset(self._token)
         self._torch.__exit__(kind, error, trace)
 
     def at(self, index: int, rows: range | None = None, *, vmapped: bool = False) -> None:
-        """Begin an evaluation at direction ``index``; with ``rows`` or ``vmapped``, at many directions from there on."""
+        """Begin an evaluation at direction ``index``; with ``rows`` or ``vmapped``, at many from there on."""
         if index != self._index:
             self._index = index
             self._key = self.key(index)
@@ -296,12 +312,14 @@ class FnStream:
     def current_seed(self) -> int:
         if self._vmapped:
             raise RuntimeError(
-                '`zograd.current_seed()` has no single answer under `evaluator="vmap"`, where one call of fn serves many '
+                '`zograd.current_seed()` has no single answer under `evaluator="vmap"`, where one call of fn serves '
+                "many "
                 'directions: use `evaluator="loop"`, or `evaluator="batched"` with `zograd.current_seeds()`.'
             )
         if self._rows is not None:
             raise RuntimeError(
-                '`zograd.current_seed()` has no single answer under `evaluator="batched"`: use `zograd.current_seeds()`, '
+                '`zograd.current_seed()` has no single answer under `evaluator="batched"`: use '
+                "`zograd.current_seeds()`, "
                 "one seed for each parameter set."
             )
         return self._key
@@ -342,7 +360,7 @@ class _PlainStream:
 _stream: ContextVar[FnStream | _PlainStream | None] = ContextVar("zograd_stream", default=None)
 
 
-def plain_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rows: int | None = None) -> Any:  # noqa: ANN401
+def plain_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rows: int | None = None) -> Any:
     """Call fn once, outside any estimate, with :func:`current_seed` answering."""
     if _stream.get() is not None:
         return fn(*args, **kwargs)

@@ -49,12 +49,14 @@ class Replica:
 
     def _state(self, module: nn.Module) -> dict[str, Any]:
         state = {name: self._mapped(value) for name, value in module.__dict__.items() if name not in _REGISTRIES}
-        state["_parameters"] = {k: p if p is None else self._tensors.get(id(p), p) for k, p in module._parameters.items()}
+        state["_parameters"] = {
+            k: p if p is None else self._tensors.get(id(p), p) for k, p in module._parameters.items()
+        }
         state["_buffers"] = {k: b if b is None else self._copy_buffer(b) for k, b in module._buffers.items()}
         state["_modules"] = {k: m if m is None else self._modules[id(m)] for k, m in module._modules.items()}
         return state
 
-    def _mapped(self, value: Any) -> Any:  # noqa: ANN401 - any attribute
+    def _mapped(self, value: Any) -> Any:
         """The value as the copy should hold it: containers copied, modules and parameters in them replaced."""
         if isinstance(value, nn.Module):
             return self._modules.get(id(value), value)
@@ -66,7 +68,7 @@ class Replica:
             return self._copied(value)
         return value
 
-    def _copied(self, value: Any) -> Any:  # noqa: ANN401 - any container
+    def _copied(self, value: Any) -> Any:
         new = copy.copy(value)
         if isinstance(value, dict):
             new.update({k: self._mapped(v) for k, v in value.items()})
@@ -91,12 +93,14 @@ class Replica:
             for name, buffer in twin._buffers.items():
                 _commit_buffer(module._buffers, name, buffer)
         for original, twin in self._containers:
-            if len(original) != len(twin) or any(a is not b for a, b in zip(_items(original), _items(twin), strict=True)):
+            if len(original) != len(twin) or any(
+                a is not b for a, b in zip(_items(original), _items(twin), strict=True)
+            ):
                 original.clear()
                 (original.extend if isinstance(original, (list, collections.deque)) else original.update)(twin)
 
 
-def _items(container: Any) -> Iterable[Any]:  # noqa: ANN401
+def _items(container: Any) -> Iterable[Any]:
     return container.values() if isinstance(container, dict) else container
 
 
@@ -112,8 +116,8 @@ def _commit_buffer(buffers: dict[str, torch.Tensor | None], name: str, new: torc
 class Watch(TorchFunctionMode):
     """Raises where a replica's evaluation uses one of the module's own parameters.
 
-    That happens when ``forward`` reaches a parameter by a way that :class:`Replica` does not know, such as a closure over
-    the module: the perturbation would be lost and the gradient too small, without any other sign.
+    That happens when ``forward`` reaches a parameter by a way that :class:`Replica` does not know, such as a closure
+    over the module: the perturbation would be lost and the gradient too small, without any other sign.
 
     Args:
         names: the parameters' names by their ``id``.
@@ -126,14 +130,20 @@ class Watch(TorchFunctionMode):
         self._owner = owner
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401 - torch's own signature
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         for value in (*args, *(kwargs or {}).values()):
             for item in value if isinstance(value, (list, tuple)) else (value,):
                 if id(item) in self._names:
                     raise RuntimeError(
-                        f"`{self._owner}` reaches its parameter {self._names[id(item)]!r} in `forward` through an object that "
-                        "is neither a submodule nor a list, tuple or dict of them (a closure or a helper object?), where it "
+                        f"`{self._owner}` reaches its parameter {self._names[id(item)]!r} in `forward` through an "
+                        "object that "
+                        "is neither a submodule nor a list, tuple or dict of them (a closure or a helper object?), "
+                        "where it "
                         "cannot be perturbed. Reach it through `self`, or pass it as an argument."
                     )
         return func(*args, **(kwargs or {}))

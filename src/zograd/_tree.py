@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 import optree
 import torch
 
+_tree_flatten: Callable[[Any], tuple[list[Any], optree.PyTreeSpec]] = optree.tree_flatten
+
 __all__ = ["Arguments", "Leaves", "Space", "flatten", "sigma_per_leaf"]
 
 Leaves: TypeAlias = tuple[torch.Tensor, ...]
@@ -39,6 +41,9 @@ class Arguments:
         """A function from the differentiated leaves to the call's arguments.
 
         What is not differentiated is put together once, so that a point costs what its own arguments cost.
+
+        Returns:
+            The function; it returns positional and keyword arguments.
         """
         args, kwargs = optree.tree_unflatten(self.spec, self.leaves)
         slots = list(zip(self.argnums, map(self._filler, self.trees, self.spans), strict=True))
@@ -60,7 +65,7 @@ class Arguments:
             return itemgetter(places[span[0]])
         fixed, chosen = [self.leaves[i] for i in span], [(i - span.start, places[i]) for i in span if i in places]
 
-        def fill(params: Leaves) -> Any:  # noqa: ANN401 - the structure of the argument
+        def fill(params: Leaves) -> Any:
             leaves = fixed.copy()
             for i, k in chosen:
                 leaves[i] = params[k]
@@ -68,7 +73,7 @@ class Arguments:
 
         return fill
 
-    def structure(self, per_leaf: Sequence[Any], *, several: bool) -> Any:  # noqa: ANN401 - a tree of anything
+    def structure(self, per_leaf: Sequence[Any], *, several: bool) -> Any:
         """One value a differentiated leaf, in the structure of the differentiated arguments; None at the others."""
         values = dict(zip(self.chosen, per_leaf, strict=True))
         trees = [
@@ -89,7 +94,7 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Sequence[int
     Returns:
         The arguments, with every leaf in ``argnums`` that is a floating or complex tensor chosen.
     """
-    leaves, spec = optree.tree_flatten((args, kwargs))
+    leaves, spec = _tree_flatten((args, kwargs))
     positional, keyword = spec.children()
     starts = _starts([*positional.children(), *keyword.children()])
     names = [*range(len(args)), *keyword.entries()]
@@ -114,8 +119,11 @@ def _is_float(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
-def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool) -> tuple[float, ...]:  # noqa: ANN401
+def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool) -> tuple[float, ...]:
     """The smoothing radius of each differentiated leaf, from a number or a tree of numbers.
+
+    Returns:
+        One number a leaf.
 
     Raises:
         ValueError: if ``sigma`` is a tree of another structure than the differentiated arguments.
@@ -127,7 +135,8 @@ def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool) -> tuple[
     if specs != arguments.trees:
         wanted = arguments.structure(["..."] * len(arguments.chosen), several=several)
         raise ValueError(
-            f"`zero_order(sigma=...)` must be a number or have the structure of the differentiated arguments, {wanted}, "
+            "`zero_order(sigma=...)` must be a number or have the structure of the differentiated arguments, "
+            f"{wanted}, "
             f"got {sigma}."
         )
     values = [leaf for tree in trees for leaf in optree.tree_leaves(tree)]
@@ -136,7 +145,7 @@ def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool) -> tuple[
     return tuple(float(by_position[i]) for i in arguments.chosen)
 
 
-def numbers(tree: Any) -> list[Any]:  # noqa: ANN401
+def numbers(tree: Any) -> list[Any]:
     """The leaves of a tree of numbers."""
     return list(optree.tree_leaves(tree))
 
@@ -194,7 +203,7 @@ class Space:
         return tuple(self._leaf(rows[..., a:b], i) for i, (a, b) in enumerate(self.bounds))
 
     def _leaf(self, rows: torch.Tensor, i: int) -> torch.Tensor:
-        assert self.batch_dim is not None  # noqa: S101 - for the type checker
+        assert self.batch_dim is not None
         lead, shape = rows.shape[:-2], self.shapes[i]
         rest = shape[: self.batch_dim] + shape[self.batch_dim + 1 :]
         return rows.reshape((*lead, self.slices, *rest)).movedim(len(lead), len(lead) + self.batch_dim)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import inspect
 import pickle
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 
@@ -20,7 +21,7 @@ from zograd._tree import Arguments, flatten, sigma_per_leaf
 from zograd.estimator import Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from zograd.distributions.adapter import DistributionLike
     from zograd.estimator import Estimate
@@ -79,7 +80,7 @@ class ZeroOrderFunction(Generic[P]):
         several = len(self.options.argnums) > 1
         return plan.estimate(tensors, functools.partial(arguments.structure, several=several))
 
-    def replace(self, **options: Any) -> ZeroOrderFunction[P]:  # noqa: ANN401 - the settings by name
+    def replace(self, **options: Any) -> ZeroOrderFunction[P]:
         """The same function with other options.
 
         Args:
@@ -114,7 +115,8 @@ class ZeroOrderFunction(Generic[P]):
         arguments = flatten(args, kwargs, [self._place(a, args, kwargs) for a in self.options.argnums])
         if not arguments.chosen:
             raise ValueError(
-                f"`{self.options.call}(argnums={self.options.argnums})`: there is no floating-point tensor to differentiate in "
+                f"`{self.options.call}(argnums={self.options.argnums})`: there is no floating-point tensor to "
+                "differentiate in "
                 f"these arguments of {self._typed}. (For a method, argument 0 is the one after `self`.)"
             )
         _check_leaves(arguments.params(), self.options)
@@ -128,7 +130,8 @@ class ZeroOrderFunction(Generic[P]):
         if argnum < len(names) and names[argnum] in kwargs:
             return names[argnum]
         raise ValueError(
-            f"`{self.options.call}(argnums={self.options.argnums})` must count arguments of the call, got {argnum} where "
+            f"`{self.options.call}(argnums={self.options.argnums})` must count arguments of the call, got {argnum} "
+            "where "
             f"{self._typed} was called with {len(args)} positional argument{'s' * (len(args) != 1)}"
             f"{' and ' + ', '.join(kwargs) if kwargs else ''}."
         )
@@ -155,14 +158,23 @@ class ZeroOrderFunction(Generic[P]):
         )
         chosen = tuple(index[i] for i in arguments.chosen)
         plan = Plan(
-            self.fn, arguments.with_leaves(blank), positions, chosen, recipe, o.batch_dim, o.seed, o.generator, self._habits
+            self.fn,
+            arguments.with_leaves(blank),
+            positions,
+            chosen,
+            recipe,
+            o.batch_dim,
+            o.seed,
+            o.generator,
+            self._habits,
         )
         return plan, tensors
 
     def __get__(self, instance: object, owner: type | None = None) -> ZeroOrderFunction[Any]:
         if instance is None:
             return self
-        return ZeroOrderFunction(self.fn.__get__(instance, owner), self.options, self._habits)  # type: ignore[attr-defined]
+        bound = self.fn.__get__(instance, owner)
+        return ZeroOrderFunction(bound, self.options, self._habits)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ZeroOrderFunction[P]:
         options = self.options
@@ -179,7 +191,8 @@ class ZeroOrderFunction(Generic[P]):
             return _look_up, (module, name)
         if "<" in (name or ""):
             raise pickle.PicklingError(
-                f"{self._typed} cannot be pickled: lambdas and functions defined inside functions have no name that another "
+                f"{self._typed} cannot be pickled: lambdas and functions defined inside functions have no name that "
+                "another "
                 "process could import. Define it at the top of a module, and pass what it closes over as arguments."
             )
         return ZeroOrderFunction, (self.fn, self.options)
@@ -194,20 +207,24 @@ def _outside_the_graph(function: ZeroOrderFunction[Any], args: tuple[Any, ...], 
     return function(*args, **kwargs)
 
 
-def _look_up(module: str | None, name: str | None) -> Any:  # noqa: ANN401 - whatever stands there
+def _look_up(module: str | None, name: str | None) -> Any:
     if module is None or name is None:
         return None
-    if module not in sys.modules:
-        __import__(module)
-    return functools.reduce(lambda thing, part: getattr(thing, part, None), name.split("."), sys.modules[module])
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
-def _any_tensor(out: Any, name: str) -> torch.Tensor:  # noqa: ANN401 - whatever fn returned
+def _any_tensor(out: Any, name: str) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else as_tensor(out, name)
 
 
+_unpack_dual: Callable[[torch.Tensor], Any] = torch.autograd.forward_ad.unpack_dual
+
+
 def _has_tangent(arguments: Arguments) -> bool:
-    return any(torch.autograd.forward_ad.unpack_dual(p).tangent is not None for p in arguments.params())
+    return any(_unpack_dual(p).tangent is not None for p in arguments.params())
 
 
 def _check_leaves(params: Sequence[torch.Tensor], options: Options) -> None:
@@ -215,11 +232,17 @@ def _check_leaves(params: Sequence[torch.Tensor], options: Options) -> None:
     for p in params:
         kind = _unsupported(p)
         if kind:
-            raise TypeError(f"{typed}: differentiated tensors must be dense and real, got {kind} of shape {tuple(p.shape)}.")
+            raise TypeError(
+                f"{typed}: differentiated tensors must be dense and real, got {kind} of shape {tuple(p.shape)}."
+            )
     if len({p.device for p in params}) > 1:
-        raise ValueError(f"{typed}: differentiated tensors must be on one device, got {sorted({str(p.device) for p in params})}.")
+        raise ValueError(
+            f"{typed}: differentiated tensors must be on one device, got {sorted({str(p.device) for p in params})}."
+        )
     if not any(p.numel() for p in params):
-        raise ValueError(f"{typed}: the differentiated tensors have no elements, got shapes {[tuple(p.shape) for p in params]}.")
+        raise ValueError(
+            f"{typed}: the differentiated tensors have no elements, got shapes {[tuple(p.shape) for p in params]}."
+        )
     if options.batch_dim is not None:
         _check_slices(params, options.batch_dim, options.call)
 
@@ -251,7 +274,7 @@ def zero_order(
     method: str | Scheme = "naive",
     argnums: int | tuple[int, ...] = (0,),
     num_samples: int = 1,
-    sigma: Any = 1.0,  # noqa: ANN401 - a number or any tree of numbers
+    sigma: Any = 1.0,
     *,
     evaluator: str | Evaluator = "loop",
     shaping: Shaping | None = None,
@@ -266,8 +289,8 @@ def zero_order(
               \sum_j w_j f(\theta + \sigma c_j \epsilon_i)
 
     The decorated function returns what ``fn`` returns at its arguments; ``backward()``, ``torch.autograd.grad`` and the
-    torch.func transforms see the estimate. ``fn`` runs in the forward pass only. Without grad mode, or with nothing that
-    requires grad, it is called once and that is all.
+    torch.func transforms see the estimate. ``fn`` runs in the forward pass only. Without grad mode, or with nothing
+    that requires grad, it is called once and that is all.
 
     Args:
         distribution: directions of mean 0 and variance 1 a value: one of :mod:`zograd.distributions`, an object with
@@ -331,12 +354,14 @@ def zero_order(
     def decorate(fn: Callable[P, Any]) -> ZeroOrderFunction[P]:
         if isinstance(fn, torch.nn.Module):
             raise TypeError(
-                f"`zero_order` decorates functions, got the module {type(fn).__name__}: use `zograd.nn.ZeroOrder(module, ...)`, "
+                f"`zero_order` decorates functions, got the module {type(fn).__name__}: use "
+                "`zograd.nn.ZeroOrder(module, ...)`, "
                 "which differentiates its parameters."
             )
         if not callable(fn):
             raise TypeError(
-                f"`zero_order(...)` must decorate a callable, got {type(fn).__name__} {fn!r:.80}. (Without settings, too, it "
+                f"`zero_order(...)` must decorate a callable, got {type(fn).__name__} {fn!r:.80}. (Without settings, "
+                "too, it "
                 "is called first: `@zero_order()`.)"
             )
         if isinstance(fn, ZeroOrderFunction):

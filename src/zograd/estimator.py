@@ -56,7 +56,8 @@ class Recipe:
 class Contraction:
     """The weighted mean of directions, ``mean_i c_i eps_i / sigma``, by fixed blocks in order.
 
-    The sum runs over the same blocks whatever the evaluator's chunks are, so its bits are a function of the coefficients.
+    The sum runs over the same blocks whatever the evaluator's chunks are, so its bits are a function of the
+    coefficients.
 
     Args:
         directions: the directions.
@@ -141,7 +142,7 @@ class Estimate:
     _structure: Callable[[Leaves], Any]
 
     @cached_property
-    def grad(self) -> Any:  # noqa: ANN401 - the structure of the arguments
+    def grad(self) -> Any:
         """The gradient, in the structure of the differentiated argument (several: a tuple of them).
 
         Raises:
@@ -154,7 +155,7 @@ class Estimate:
             )
         return self._tree(self._flat)
 
-    def vjp(self, cotangent: torch.Tensor) -> Any:  # noqa: ANN401
+    def vjp(self, cotangent: torch.Tensor) -> Any:
         """The product of a cotangent with the Jacobian, in the structure of the arguments.
 
         Args:
@@ -174,7 +175,7 @@ class Estimate:
         weights = weigh(self.coefficients, cotangent, self.directions.space)
         return self._tree(contract(self.directions, self.sigma, weights))
 
-    def _tree(self, flat: torch.Tensor) -> Any:  # noqa: ANN401
+    def _tree(self, flat: torch.Tensor) -> Any:
         space = self.directions.space
         return self._structure(space.cast(space.split(flat)))
 
@@ -234,7 +235,7 @@ def estimate(
 
 def _run(objective: Objective, recipe: Recipe, points: Points) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The coefficients and, for an objective of one value a slice, the flat gradient."""
-    scheme, space, num = recipe.scheme, points.directions.space, len(points)
+    scheme, space = recipe.scheme, points.directions.space
     with contextlib.closing(recipe.evaluator(objective, points)) as pieces:  # type: ignore[type-var]
         center = next(pieces)
         _check_center(center, space, recipe, objective.name)
@@ -271,12 +272,14 @@ def _whole(pieces: Iterator[torch.Tensor], points: Points, center: torch.Tensor)
 
 
 def _shaped(values: torch.Tensor, center: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    assert recipe.shaping is not None  # noqa: S101 - for the type checker
+    assert recipe.shaping is not None
     baseline = center if recipe.scheme.uses_center else torch.zeros_like(center)
     shaped = recipe.shaping(values - baseline)
     if not isinstance(shaped, torch.Tensor) or shaped.shape != values.shape:
         got = tuple(shaped.shape) if isinstance(shaped, torch.Tensor) else type(shaped).__name__
-        raise ValueError(f"`zero_order(shaping=...)` must keep the shape of the values, {tuple(values.shape)}, got {got}.")
+        raise ValueError(
+            f"`zero_order(shaping=...)` must keep the shape of the values, {tuple(values.shape)}, got {got}."
+        )
     return recipe.scheme.combine(shaped.to(values), torch.zeros_like(center))
 
 
@@ -288,10 +291,13 @@ def _all_finite(values: torch.Tensor) -> bool:
 def _check_center(center: torch.Tensor, space: Space, recipe: Recipe, name: str) -> None:
     shape = tuple(center.shape)
     if recipe.shaping is not None and shape:
-        raise ValueError(f"`zero_order(shaping=...)` is for objectives of one value, got the shape {shape} from {name}.")
+        raise ValueError(
+            f"`zero_order(shaping=...)` is for objectives of one value, got the shape {shape} from {name}."
+        )
     if space.batch_dim is not None and (len(shape) <= space.batch_dim or shape[space.batch_dim] != space.slices):
         raise ValueError(
-            f"`zero_order(batch_dim={space.batch_dim})`: {name} must return one entry a slice, {space.slices} along dimension "
+            f"`zero_order(batch_dim={space.batch_dim})`: {name} must return one entry a slice, {space.slices} along "
+            "dimension "
             f"{space.batch_dim}, got the shape {shape}."
         )
     if not _all_finite(center):
@@ -310,7 +316,9 @@ def _check_finite(values: torch.Tensor, lo: int, hi: int, sides: tuple[float, ..
     where = [f"{lo + i} (offset {sides[j]:+g})" for i, j in points.nonzero()[:_NAMED].tolist()]
     count = int(points.sum())
     raise NonFiniteError(
-        f"{name} returned non-finite values at {count} of the {points.numel()} points of directions {lo} to {hi - 1}: at "
-        f"direction {', '.join(where)}{', ...' if count > _NAMED else ''}. A gradient from them would be wrong; return a "
+        f"{name} returned non-finite values at {count} of the {points.numel()} points of directions {lo} to {hi - 1}: "
+        "at "
+        f"direction {', '.join(where)}{', ...' if count > _NAMED else ''}. A gradient from them would be wrong; "
+        "return a "
         "finite penalty instead."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from zograd.decorator import ZeroOrderFunction
 from zograd.distributions.adapter import Sampled
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zograd.distributions.adapter import DistributionLike
     from zograd.estimator import Estimate
     from zograd.evaluators.base import Evaluator
@@ -38,7 +40,7 @@ class _ModuleFunction:
         self._center: Replica | None = None
         self.__qualname__ = type(module).__qualname__
 
-    def __call__(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def __call__(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """Evaluate a replica with these parameters, as the module was before the center."""
         template = self._frozen()
         like = next(iter(params.values()))
@@ -55,7 +57,7 @@ class _ModuleFunction:
         _watched.add(self._module)
         return out
 
-    def at_center(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def at_center(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """Evaluate as one plain call, whose traces :meth:`commit` leaves on the module."""
         self._frozen()
         self._center = Replica(self._module, self._replacements(params), torch.clone)
@@ -81,7 +83,7 @@ class _ZeroOrderModule(nn.Module):
 
     zero_order_options: Options
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the arguments of forward
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run ``forward``; with grad mode on, the result carries the estimate for the trainable parameters.
 
         Args:
@@ -98,7 +100,7 @@ class _ZeroOrderModule(nn.Module):
             return self._function(trainable)(trainable, *args, **kwargs)
         return plain_call(super().__call__, args, kwargs)
 
-    def estimate(self, *args: Any, **kwargs: Any) -> Estimate:  # noqa: ANN401
+    def estimate(self, *args: Any, **kwargs: Any) -> Estimate:
         """Estimate the gradient of every trainable parameter, without autograd.
 
         Args:
@@ -139,13 +141,13 @@ class ZeroOrderGradientModule(_ZeroOrderModule):
     .. math:: \nabla f_\sigma(\theta) \approx \frac{1}{N \sigma} \sum_{i=1}^{N} \epsilon_i
               \sum_j w_j f(\theta + \sigma c_j \epsilon_i)
 
-    The settings are class keywords, inherited by subclasses, and live in one attribute, ``zero_order_options``; an instance
-    can have its own: ``net.zero_order_options = net.zero_order_options.replace(sigma=0.1)``. Every evaluation but the
-    center runs on a replica: parameters are never written, and buffers and attributes change as in one plain call. Frozen
-    parameters are not perturbed, tied ones get the gradient of all their uses.
+    The settings are class keywords, inherited by subclasses, and live in one attribute, ``zero_order_options``; an
+    instance can have its own: ``net.zero_order_options = net.zero_order_options.replace(sigma=0.1)``. Every evaluation
+    but the center runs on a replica: parameters are never written, and buffers and attributes change as in one plain
+    call. Frozen parameters are not perturbed, tied ones get the gradient of all their uses.
 
-    Subclasses define ``forward(self, ...)``, which returns the objective, and ``sample(self, sample_shape)``, which returns
-    directions of that shape with mean 0 and variance 1 a value.
+    Subclasses define ``forward(self, ...)``, which returns the objective, and ``sample(self, sample_shape)``, which
+    returns directions of that shape with mean 0 and variance 1 a value.
 
     Raises:
         TypeError: when made without ``forward`` or ``sample`` in its class's ancestry.
@@ -187,16 +189,19 @@ class ZeroOrderGradientModule(_ZeroOrderModule):
         seed=None,
     )
 
-    def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401 - the settings by name
+    def __init_subclass__(cls, **options: Any) -> None:
         """Take the class keywords as settings, on top of those of the bases."""
         super().__init_subclass__()
         call = f"class {cls.__name__}"
         for name in ("distribution", "argnums", "batch_dim"):
             if name in options:
-                raise TypeError(f"`{call}({name}=...)`: a ZeroOrderGradientModule has no setting `{name}`; see `sample`.")
+                raise TypeError(
+                    f"`{call}({name}=...)`: a ZeroOrderGradientModule has no setting `{name}`; see `sample`."
+                )
         cls.zero_order_options = dataclasses.replace(cls.zero_order_options, call=call).replace(**options)
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> ZeroOrderGradientModule:  # noqa: ANN401
+    def __new__(cls, *args: Any, **kwargs: Any) -> ZeroOrderGradientModule:
+        """Refuse a class without ``forward`` or ``sample``, wherever in its ancestry they may stand."""
         missing = [name for name in ("forward", "sample") if getattr(cls, name, None) in (None, nn.Module.forward)]
         if missing:
             raise TypeError(f"Can't instantiate abstract class {cls.__name__} without `{'` and `'.join(missing)}`.")
@@ -206,7 +211,8 @@ class ZeroOrderGradientModule(_ZeroOrderModule):
         sampler = self.__dict__.get("_zero_order_sampler")
         if sampler is None or not sampler.samples(self.sample):
             # Kept, since whether it can be replayed is found out once.
-            sampler = Sampled(self.sample, by_keyword=True, call=f"{type(self).__name__}.sample")
+            sample = cast("Callable[..., torch.Tensor]", self.sample)
+            sampler = Sampled(sample, by_keyword=True, call=f"class {type(self).__name__}")
             self.__dict__["_zero_order_sampler"] = sampler
         return dataclasses.replace(self.zero_order_options, distribution=sampler)
 
@@ -254,7 +260,7 @@ class ZeroOrder(_ZeroOrderModule):
         distribution: DistributionLike | None = None,
         method: str | Scheme = "naive",
         num_samples: int = 1,
-        sigma: Any = 1.0,  # noqa: ANN401 - a number or a dict of them
+        sigma: Any = 1.0,
         *,
         evaluator: str | Evaluator = "loop",
         shaping: Shaping | None = None,
@@ -281,7 +287,7 @@ class ZeroOrder(_ZeroOrderModule):
             seed=seed,
         )
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped module.
 
         Args:

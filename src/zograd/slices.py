@@ -45,11 +45,11 @@ class SliceCheck:
 
 def check_slices(
     fn: Callable[..., Any],
-    *args: Any,  # noqa: ANN401
+    *args: Any,
     argnums: int | Sequence[int] = 0,
     batch_dim: int = 0,
     along: int | Sequence[int] = (),
-    **kwargs: Any,  # noqa: ANN401
+    **kwargs: Any,
 ) -> SliceCheck:
     r"""Check that ``fn`` maps slices independently, :math:`y_b = g(x_b)`, before trusting ``batch_dim``.
 
@@ -86,7 +86,8 @@ def check_slices(
     slices = {call.leaves[i].shape[batch_dim] for i in _carrying(call)}
     if len(slices) != 1 or min(slices) < 2:
         raise ValueError(
-            f"`check_slices(batch_dim={batch_dim})` needs equally many slices in each argument, two at least, got {slices}."
+            f"`check_slices(batch_dim={batch_dim})` needs equally many slices in each argument, two at least, got "
+            f"{slices}."
         )
     num = slices.pop()
     whole = _values(fn, call, torch.arange(num), batch_dim)
@@ -113,7 +114,8 @@ def _values(fn: Callable[..., Any], call: Arguments, index: torch.Tensor, batch_
     values = as_tensor(out, function_name(fn)).detach().to("cpu", torch.float64)
     if values.dim() <= batch_dim or values.shape[batch_dim] != len(index):
         raise ValueError(
-            f"{function_name(fn)} must return one entry a slice, {len(index)} along dimension {batch_dim}, got the shape "
+            f"{function_name(fn)} must return one entry a slice, {len(index)} along dimension {batch_dim}, got the "
+            "shape "
             f"{tuple(values.shape)}."
         )
     return values

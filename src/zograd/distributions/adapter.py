@@ -18,10 +18,12 @@ __all__ = ["DistributionLike", "Sampled", "adapt"]
 
 
 class _Sampler(Protocol):
-    def sample(self, sample_shape: Any = ...) -> torch.Tensor: ...  # noqa: ANN401 - torch.Size, or any tuple
+    def sample(self, sample_shape: Any = ...) -> torch.Tensor: ...
 
 
-DistributionLike: TypeAlias = "Distribution | torch.distributions.Distribution | _Sampler | Callable[[torch.Size], torch.Tensor]"
+DistributionLike: TypeAlias = (
+    "Distribution | torch.distributions.Distribution | _Sampler | Callable[[torch.Size], torch.Tensor]"
+)
 """What ``distribution=`` accepts."""
 
 _PROBE = 64  # values drawn twice: two independent rows of 64 signs are equal by chance once in 2**64
@@ -75,7 +77,9 @@ class Sampled(Dense):
                 f"{typed}: its sample must have the shape it was asked for, {tuple(shape)}, got {tuple(sample.shape)}."
             )
         if sample.is_complex() or sample.dtype == torch.bool or sample.layout != torch.strided:
-            raise TypeError(f"{typed}: its sample must be a dense tensor of real numbers, got {sample.dtype}, {sample.layout}.")
+            raise TypeError(
+                f"{typed}: its sample must be a dense tensor of real numbers, got {sample.dtype}, {sample.layout}."
+            )
         return sample
 
     def __repr__(self) -> str:
@@ -87,7 +91,7 @@ class Sampled(Dense):
     __hash__ = Distribution.__hash__
 
 
-def adapt(distribution: Any, call: str) -> Distribution:  # noqa: ANN401 - whatever the user passed
+def adapt(distribution: Any, call: str) -> Distribution:
     """A Distribution from anything that ``distribution=`` accepts.
 
     Args:
@@ -119,7 +123,8 @@ def adapt(distribution: Any, call: str) -> Distribution:  # noqa: ANN401 - whate
     if callable(distribution):
         return Sampled(distribution, by_keyword=False, call=call)
     raise TypeError(
-        f"{typed} must be a zograd or torch distribution, an object with `sample(sample_shape=...)` or a function of the "
+        f"{typed} must be a zograd or torch distribution, an object with `sample(sample_shape=...)` or a function of "
+        "the "
         f"shape, got {type(distribution).__name__} {distribution!r:.80}."
     )
 
@@ -133,7 +138,8 @@ def _check_moments(distribution: torch.distributions.Distribution, typed: str) -
     mean, variance = (_moment(distribution, name) for name in ("mean", "variance"))
     if not (abs(mean) < 1e-6 and abs(variance - 1) < 1e-6):
         raise ValueError(
-            f"{typed} must have mean 0 and variance 1, got {mean:g} and {variance:g} of {distribution}: the gradient would "
+            f"{typed} must have mean 0 and variance 1, got {mean:g} and {variance:g} of {distribution}: the gradient "
+            "would "
             "be scaled by the variance. Use `torch.distributions.Normal(0, 1)` and set the width with `sigma=`."
         )
 

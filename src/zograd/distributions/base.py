@@ -21,9 +21,9 @@ TILE = 1 << 15  # values in one stream: CUDA streams of one seed agree between G
 class Distribution(ABC):
     r"""Directions :math:`\epsilon` of mean zero with :math:`s \, \mathbb{E}[\epsilon \epsilon^\top] = I`, s the scale.
 
-    Directions are over the whole flattened parameter vector (with ``batch_dim``, over each slice's). They come in blocks
-    of rows, a block being the unit of noise and of summation; a block is a function of ``(seed, block)`` alone. The
-    noise of some rows is a tuple of tensors with a leading row axis, in whatever form the family likes.
+    Directions are over the whole flattened parameter vector (with ``batch_dim``, over each slice's). They come in
+    blocks of rows, a block being the unit of noise and of summation; a block is a function of ``(seed, block)`` alone.
+    The noise of some rows is a tuple of tensors with a leading row axis, in whatever form the family likes.
     """
 
     gaussian_marginals: ClassVar[bool] = False
@@ -98,7 +98,7 @@ class Dense(Distribution):
     def draw(self, space: Space, noise: Noise, seed: int, block: int) -> None:
         """Fill the block by tiles, a stream each."""
         values = noise[0].view(-1)
-        parts = values.split(TILE) if len(values) > TILE else (values,)
+        parts = torch.split(values, TILE) if len(values) > TILE else (values,)
         tiles = -(-max(BLOCK, space.size) // TILE)  # of a whole block, so that a last, partial one keeps its keys
         generator = torch.Generator(space.device)
         for tile, part in enumerate(parts):

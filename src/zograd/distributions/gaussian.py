@@ -15,12 +15,12 @@ __all__ = ["Gaussian"]
 class Gaussian(Dense):
     r"""Directions :math:`\epsilon \sim \mathcal{N}(0, I_d)`, the default.
 
-    The estimate then has the mean :math:`\nabla f_\sigma(\theta)`, :math:`f_\sigma(\theta) = \mathbb{E}[f(\theta + \sigma
-    \epsilon)]`, for every ``sigma`` and for any ``fn``, smooth or not.
+    The estimate then has the mean :math:`\nabla f_\sigma(\theta)`, :math:`f_\sigma(\theta) = \mathbb{E}[f(\theta +
+    \sigma \epsilon)]`, for every ``sigma`` and for any ``fn``, smooth or not.
 
     Examples:
         >>> import torch, zograd
-        >>> @zograd.zero_order(zograd.distributions.Gaussian(), method="antithetic", num_samples=1000)
+        >>> @zograd.zero_order(zograd.distributions.Gaussian(), method="antithetic", num_samples=1000, seed=0)
         ... def fn(x):
         ...     return (3 * x).sum()
         >>> fn.estimate(torch.zeros(2)).grad.round()

@@ -42,6 +42,8 @@ class Sphere(Dense):
         super().draw(space, noise, seed, block)
         rows = noise[0].view(-1, space.dim)
         # Tile by tile: the bits of one long reduction would depend on the number of threads.
-        squares = [torch.linalg.vector_norm(t, dim=1, dtype=torch.float64).square() for t in rows.split(TILE, dim=1)]
+        squares = [
+            torch.linalg.vector_norm(t, dim=1, dtype=torch.float64).square() for t in torch.split(rows, TILE, dim=1)
+        ]
         length = torch.stack(squares).sum(dim=0).sqrt()
         rows.mul_((space.dim**0.5 / length).to(rows.dtype).unsqueeze(1))

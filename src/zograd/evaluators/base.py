@@ -34,8 +34,8 @@ class Evaluator(ABC):
         """Evaluate directions ``lo`` to ``hi``.
 
         Args:
-            fn: the objective; ``fn.center`` evaluates the center, ``fn(point, i)`` one point of direction i, ``fn.many``
-                the points of many directions at once.
+            fn: the objective; ``fn.center`` evaluates the center, ``fn(point, i)`` one point of direction i,
+                ``fn.many`` the points of many directions at once.
             points: where.
             lo: the first direction.
             hi: one past the last; None for all.
@@ -62,7 +62,9 @@ def check_chunk_size(chunk_size: int | None, name: str) -> int | None:
     if chunk_size is None:
         return None
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"`{name}(chunk_size=...)` must be an int or None, got {type(chunk_size).__name__} {chunk_size!r}.")
+        raise TypeError(
+            f"`{name}(chunk_size=...)` must be an int or None, got {type(chunk_size).__name__} {chunk_size!r}."
+        )
     if chunk_size < 1:
         raise ValueError(f"`{name}(chunk_size=...)` must be at least 1, got {chunk_size}.")
     return chunk_size

@@ -61,7 +61,8 @@ class Vmap(Evaluator):
             if not _concerns_vmap(error):
                 raise
             raise RuntimeError(
-                f'{fn.name} cannot be vectorized by `evaluator="vmap"`: use `evaluator="loop"`, which calls it point by '
+                f'{fn.name} cannot be vectorized by `evaluator="vmap"`: use `evaluator="loop"`, which calls it point '
+                "by "
                 f"point. torch said: {error}"
             ) from error
 

@@ -1,0 +1,193 @@
+"""Plant estimator bugs one at a time and see the test suite kill each; run by ``make mutants``.
+
+Every bug here has been shipped by some library. A mutant is a piece of source text and what replaces it, in a copy of the
+package that the tests import instead of the real one. It is killed if a test fails; a mutant that does not apply, or a
+suite that cannot even be collected, is an error and not a kill.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS_FAILED = 1  # pytest's exit status; 2 and above mean that it did not get to run them
+SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted bug: where, what stands there, what replaces it, and the tests that should notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+EXACT, STATISTICS, BITS = "test_estimator_exact.py", "test_estimator_statistics.py", "test_same_bits.py"
+
+MUTANTS = [
+    Mutant(
+        "gradient times sigma^2",
+        "estimator.py",
+        "self._sum.div_(divisor * self._sigma[0])",
+        "self._sum.mul_(self._sigma[0] / divisor)",
+        (EXACT, STATISTICS),
+    ),
+    Mutant(
+        "baseline overwritten in the loop",
+        "estimator.py",
+        "scheme.combine(values, center))",
+        "scheme.combine(values, torch.cat([center[None], values[:-1, -1]]) if scheme.uses_center else center))",
+        (STATISTICS, EXACT),
+    ),
+    Mutant(
+        "missing 1/2",
+        "schemes.py",
+        "return functools.reduce(operator.add, terms)",
+        "return functools.reduce(operator.add, terms) * len(self.sides)",
+        (EXACT, STATISTICS),
+    ),
+    Mutant(
+        "sign",
+        "schemes.py",
+        "return functools.reduce(operator.add, terms)",
+        "return -functools.reduce(operator.add, terms)",
+        (EXACT, STATISTICS),
+    ),
+    Mutant(
+        "the pair evaluated with different noise",
+        "_points.py",
+        "d.distribution.shift(d.space, self.params, row, self._scales[side])",
+        "d.distribution.shift(d.space, self.params, row if side > 0 else [r.flip(0) for r in row], self._scales[side])",
+        (EXACT, STATISTICS),
+    ),
+    Mutant(
+        "divided twice by N",
+        "estimator.py",
+        "divisor = len(self._directions) /",
+        "divisor = len(self._directions) ** 2 /",
+        (EXACT, STATISTICS),
+    ),
+    Mutant(
+        "stale noise",
+        "_points.py",
+        "self.distribution.draw(self.space, noise, self.seed, block)",
+        "self.distribution.draw(self.space, noise, self.seed, 0)",
+        (STATISTICS, EXACT),
+    ),
+    Mutant(
+        "same noise in equal shapes",
+        "distributions/base.py",
+        "            self.fill(part, generator)\n",
+        "            self.fill(part, generator)\n"
+        "        for (a, b), (c, d) in zip(space.bounds, space.bounds[1:]):\n"
+        "            if b - a == d - c:\n"
+        "                noise[0][:, c:d] = noise[0][:, a:b]\n",
+        ("test_distributions.py", STATISTICS),
+    ),
+    Mutant(
+        "frozen leaf perturbed",
+        "decorator.py",
+        "chosen = tuple(i for i in arguments.chosen if arguments.leaves[i].requires_grad)",
+        "chosen = arguments.chosen if any(p.requires_grad for p in arguments.params()) else ()",
+        ("test_autograd.py",),
+    ),
+    Mutant(
+        "center not shared",
+        "estimator.py",
+        "shared=recipe.scheme.uses_center",
+        "shared=False",
+        ("test_random_state.py",),
+    ),
+    Mutant(
+        "noise in the parameter's low precision",
+        "distributions/base.py",
+        "torch.add(leaf.to(eps.dtype), eps, alpha=scale).to(leaf.dtype)",
+        "torch.add(leaf, (eps * scale).to(leaf.dtype))",
+        (EXACT, STATISTICS, "test_distributions.py"),
+    ),
+    Mutant(
+        "tied weight counted once",
+        "_replica.py",
+        "k: p if p is None else self._tensors.get(id(p), p) for",
+        "k: p if p is None else self._tensors.pop(id(p), p) for",
+        ("test_nn.py",),
+    ),
+    Mutant(
+        "block order",
+        "estimator.py",
+        "                if len(self._waiting) < rows:\n                    return\n",
+        "                rows = min(rows, len(self._waiting))\n",
+        (BITS,),
+    ),
+    Mutant(
+        "sigma of the wrong leaf",
+        "estimator.py",
+        "zip(self._space.split(self._sum), self._sigma, strict=True)",
+        "zip(self._space.split(self._sum), self._sigma[::-1], strict=True)",
+        ("test_contracts.py", "test_nn.py"),
+    ),
+]
+
+
+def killed(mutant: Mutant, folder: Path) -> bool:
+    """Whether the tests fail on a copy of the package with this bug in it.
+
+    Args:
+        mutant: the bug.
+        folder: an empty one, for the copy.
+
+    Returns:
+        True if a test failed.
+
+    Raises:
+        RuntimeError: if the bug's place is not there exactly once, or the tests could not run.
+    """
+    shutil.copytree(ROOT / "src" / "zograd", folder / "zograd")
+    source = folder / "zograd" / mutant.file
+    text = source.read_text()
+    if text.count(mutant.old) != 1:
+        raise RuntimeError(f"{mutant.name}: its text stands {text.count(mutant.old)} times in {mutant.file}")
+    source.write_text(text.replace(mutant.old, mutant.new))
+    tests = [str(ROOT / "tests" / name) for name in mutant.tests]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    if run.returncode not in (0, TESTS_FAILED):
+        raise RuntimeError(f"{mutant.name}: the tests did not run\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
+    print(f"{'killed  ' if failed else 'SURVIVED'} {mutant.name}: {failed[0][7:100] if failed else ''}", flush=True)
+    return bool(failed)
+
+
+def main() -> int:
+    """Run all mutants, or those whose name holds an argument.
+
+    Returns:
+        0 if all were killed.
+    """
+    chosen = [m for m in MUTANTS if not sys.argv[1:] or any(word in m.name for word in sys.argv[1:])]
+    count = 0
+    for mutant in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            count += killed(mutant, Path(folder))
+    print(f"killed {count}/{len(chosen)}")
+    return count < len(chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

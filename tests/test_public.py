@@ -1,0 +1,195 @@
+"""The public names: complete, documented, and as the page that defines them says."""
+
+import ast
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+import zograd
+
+PACKAGE = Path(zograd.__file__).parent
+MODULES = ["zograd", "zograd.distributions", "zograd.evaluators", "zograd.nn", "zograd.schemes", "zograd.shaping"]
+
+
+def members():
+    """Every public class and function, with where it is found."""
+    for module in MODULES:
+        found = importlib.import_module(module)
+        for name in found.__all__:
+            thing = getattr(found, name)
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                yield pytest.param(thing, id=f"{module}.{name}")
+
+
+def methods():
+    for parameter in members():
+        (thing,) = parameter.values
+        if inspect.isclass(thing):
+            for name, method in vars(thing).items():
+                if not name.startswith("_") and (inspect.isfunction(method) or isinstance(method, property)):
+                    yield pytest.param(getattr(method, "fget", method), id=f"{parameter.id}.{name}")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_all_names_exist_and_no_others_are_public(module):
+    found = importlib.import_module(module)
+    assert len(set(found.__all__)) == len(found.__all__)
+    for name in found.__all__:
+        assert hasattr(found, name)
+
+
+def test_what_the_package_shows_is_what_it_means_to():
+    shown = {name for name in vars(zograd) if not name.startswith("_")}
+    below = {path.stem for path in PACKAGE.glob("*") if path.suffix in {".py", ""}}  # modules appear once imported
+    assert shown - below <= set(zograd.__all__)
+
+
+@pytest.mark.parametrize("thing", list(members()))
+def test_it_is_documented(thing):
+    lines = (thing.__doc__ or "").strip().splitlines()
+    assert lines, "no docstring"
+    assert lines[0].endswith("."), lines[0]
+    if inspect.isfunction(thing):
+        for name in inspect.signature(thing).parameters:
+            assert re.search(rf"^\s*\**{name}:", thing.__doc__, re.MULTILINE), f"{name} is not documented"
+        assert ">>>" in thing.__doc__
+        assert "Returns:" in thing.__doc__ or inspect.signature(thing).return_annotation in ("None", None)
+    elif not issubclass(thing, (Exception, Warning)) and not inspect.isabstract(thing):
+        assert (
+            "Args:" in thing.__doc__
+            or not inspect.signature(thing).parameters
+            or "Attributes:" in thing.__doc__
+            or made_by_us(thing)
+        )
+
+
+def made_by_us(thing):
+    """Classes that users get and do not make."""
+    return thing in (zograd.Estimate, zograd.Options, zograd.ZeroOrderFunction, zograd.nn.ZeroOrderGradientModule)
+
+
+@pytest.mark.parametrize("method", list(methods()))
+def test_its_methods_are_documented(method):
+    assert (method.__doc__ or "").strip()
+
+
+def test_the_signature_of_zero_order():
+    got = {
+        name: (p.default, p.kind is p.KEYWORD_ONLY)
+        for name, p in inspect.signature(zograd.zero_order).parameters.items()
+    }
+    assert list(got.items()) == [
+        ("distribution", (None, False)),
+        ("method", ("naive", False)),
+        ("argnums", ((0,), False)),
+        ("num_samples", (1, False)),
+        ("sigma", (1.0, False)),
+        ("evaluator", ("loop", True)),
+        ("shaping", (None, True)),
+        ("failures", ("raise", True)),
+        ("batch_dim", (None, True)),
+        ("generator", (None, True)),
+        ("seed", (None, True)),
+    ]
+
+
+def test_the_forms_of_argnums_and_sigma():
+    for settings in ({"sigma": 1, "argnums": 0}, {"sigma": 1.0, "argnums": (0,)}, {"argnums": [0]}, {}):
+        options = zograd.zero_order(**settings)(lambda x: x.sum()).options
+        assert options.argnums == (0,)
+        assert options.sigma == 1.0
+        assert isinstance(options.sigma, float)
+
+
+def test_positional_settings():
+    decorated = zograd.zero_order(torch.distributions.Normal(0, 1), "antithetic", 1, 7, 0.5)(
+        lambda scale, x: scale * x.sum()
+    )
+    assert decorated.estimate(2.0, torch.ones(3)).evaluations == 15
+    assert decorated.options.distribution == zograd.distributions.Gaussian()
+    assert decorated.options.method is zograd.ANTITHETIC
+
+
+def test_the_wrapper_takes_the_same_settings():
+    ours = inspect.signature(zograd.zero_order).parameters
+    wrapper = inspect.signature(zograd.nn.ZeroOrder).parameters
+    assert [n for n in ours if n not in ("argnums", "batch_dim")] == [n for n in wrapper if n != "module"]
+    for name, p in wrapper.items():
+        if name != "module":
+            assert (p.default, p.kind) == (ours[name].default, ours[name].kind)
+
+
+def test_options_are_frozen():
+    options = zograd.zero_order()(lambda x: x.sum()).options
+    with pytest.raises(AttributeError, match="sigma"):
+        options.sigma = 2.0
+    assert options.replace(sigma=2.0).sigma == 2.0
+    assert options.sigma == 1.0
+
+
+@pytest.mark.parametrize(
+    ("error", "base"),
+    [
+        (zograd.NonFiniteError, ValueError),
+        (zograd.ReplayError, RuntimeError),
+        (zograd.SecondDerivativeError, NotImplementedError),
+        (zograd.SharedStreamError, RuntimeError),
+        (zograd.ZeroOrderWarning, UserWarning),
+    ],
+)
+def test_errors_are_of_the_kind_that_one_would_catch(error, base):
+    assert issubclass(error, base)
+
+
+def test_the_version_is_the_distributions():
+    assert zograd.__version__ == version("zograd")
+
+
+def test_show_versions(capsys):
+    zograd.show_versions()
+    out = capsys.readouterr().out
+    for word in ("zograd", zograd.__version__, "python", "torch", torch.__version__, "devices"):
+        assert word in out
+
+
+def test_types_are_shipped():
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_importing_it_is_light_and_leaves_no_trace():
+    program = (
+        "import sys, random, torch\n"
+        "before = set(sys.modules)\n"
+        "state = torch.get_rng_state(), random.getstate(), torch.is_grad_enabled(), torch.get_num_threads()\n"
+        "import zograd\n"
+        "import zograd.compat.torchopt\n"
+        "assert torch.equal(state[0], torch.get_rng_state()) and state[1] == random.getstate()\n"
+        "assert state[2:] == (torch.is_grad_enabled(), torch.get_num_threads())\n"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert not {"matplotlib", "sklearn", "scipy", "pandas", "multiprocess"} & set(run.stdout.split())
+
+
+def test_nothing_is_checked_by_assert():
+    # `python -O` drops them. `assert x is not None` narrows a type and checks nothing that a user could get wrong.
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Assert):
+                assert ast.unparse(node.test).endswith(" is not None"), f"{path.name}:{node.lineno}"
+                assert node.msg is None
