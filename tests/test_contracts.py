@@ -89,6 +89,7 @@ SPACES = {
     "one leaf": Space.of((torch.zeros(5),)),
     "three leaves": Space.of((torch.zeros(2, 3), torch.zeros(()), torch.zeros(2, 3))),
     "mixed dtypes": Space.of((torch.zeros(4, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.float64))),
+    "several rows a block": Space.of((torch.zeros(60, 50), torch.zeros(60, 50))),  # 10 of them
     "larger than a tile": Space.of((torch.zeros(33000), torch.zeros(70))),
     "slices": Space.of((torch.zeros(3, 4, 2), torch.zeros(5, 4)), batch_dim=1),
 }

@@ -510,7 +510,7 @@ def test_resume_after_a_crash(tmp_path):
         return x.sum()
 
     journaled = zero_order(num_samples=10, seed=0, evaluator=zograd.evaluators.Journal(tmp_path / "run.journal"))(loss)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stop"):
         journaled.estimate(torch.ones(2))
     journaled.estimate(torch.ones(2))
     assert len(calls) == 12

@@ -95,12 +95,12 @@ class Objective:
     """
 
     def __init__(self, fn: Callable[..., Any], arguments: Arguments, params: Leaves, habits: Habits) -> None:
-        self.name = function_name(fn)
+        self.name: str = function_name(fn)
         self.params = params
         self.stream: FnStream | None = None
-        self.repeated = 0  # evaluations beyond one for each point
-        self.value = params[0]  # the center's, as fn returned it
-        self.shape = torch.Size()
+        self.repeated: int = 0  # evaluations beyond one for each point
+        self.value: torch.Tensor = params[0]  # the center's, as fn returned it
+        self.shape: torch.Size = torch.Size()
         self._fn = fn
         self._build = arguments.builder()
         self._habits = habits

@@ -37,8 +37,8 @@ class Directions:
         self.space = space
         self.seed = seed
         self.num = num
-        self.block = distribution.rows(space, num)
-        self.replayable = distribution.replayable(space)
+        self.block: int = distribution.rows(space, num)
+        self.replayable: bool = distribution.replayable(space)
         self._forget()
 
     def _forget(self) -> None:

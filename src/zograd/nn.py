@@ -271,8 +271,8 @@ class ZeroOrder(_ZeroOrderModule):
         super().__init__()
         if not isinstance(module, nn.Module):
             raise TypeError(f"`ZeroOrder(module)` must be a module, got {type(module).__name__} {module!r:.80}.")
-        self.module = module
-        self.zero_order_options = Options.make(
+        self.module: nn.Module = module
+        self.zero_order_options: Options = Options.make(
             "ZeroOrder",
             distribution=distribution,
             method=method,

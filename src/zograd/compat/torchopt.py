@@ -55,5 +55,5 @@ class _ZeroOrderNamespace:
         return _zero_order(distribution, method, argnums, num_samples, sigma)
 
 
-nn = SimpleNamespace(ZeroOrderGradientModule=_ZeroOrderGradientModule)
-diff = SimpleNamespace(zero_order=_ZeroOrderNamespace())
+nn: SimpleNamespace = SimpleNamespace(ZeroOrderGradientModule=_ZeroOrderGradientModule)
+diff: SimpleNamespace = SimpleNamespace(zero_order=_ZeroOrderNamespace())

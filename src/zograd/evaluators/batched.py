@@ -42,7 +42,7 @@ class Batched(Evaluator):
     batched = True
 
     def __init__(self, chunk_size: int | None = None) -> None:
-        self.chunk_size = check_chunk_size(chunk_size, "Batched")
+        self.chunk_size: int | None = check_chunk_size(chunk_size, "Batched")
 
     def __call__(
         self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True

@@ -40,7 +40,7 @@ class Vmap(Evaluator):
     """
 
     def __init__(self, chunk_size: int | None = None) -> None:
-        self.chunk_size = check_chunk_size(chunk_size, "Vmap")
+        self.chunk_size: int | None = check_chunk_size(chunk_size, "Vmap")
 
     def __call__(
         self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
