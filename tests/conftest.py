@@ -18,8 +18,6 @@ def pytest_addoption(parser):
     )
 
 
-
-
 @pytest.fixture(autouse=True)
 def _settled():
     """Every test begins with the same random state and ends with the settings it began with."""
@@ -35,7 +33,9 @@ def _settled():
 def checks(request):
     """Statistical checks at a stated false-alarm rate, and seeds for what they look at."""
     fresh = request.config.getoption("--fresh-seeds")
-    base = int.from_bytes(os.urandom(6), "big") if fresh else zlib.crc32(request.node.nodeid.rpartition("::")[2].encode())
+    base = (
+        int.from_bytes(os.urandom(6), "big") if fresh else zlib.crc32(request.node.nodeid.rpartition("::")[2].encode())
+    )
     checks = Checks(base)
     yield checks
     request.node.user_properties.append((_PROPERTY, (checks.done, checks.failed)))
@@ -61,4 +61,6 @@ def pytest_terminal_summary(terminalreporter, config):
         f"over a family of {FAMILY}, missed-error rate {MISSED:g} each)"
     )
     if done > FAMILY:
-        terminalreporter.write_line(f"more statistical checks than the family of {FAMILY} in statistical.py allows", red=True)
+        terminalreporter.write_line(
+            f"more statistical checks than the family of {FAMILY} in statistical.py allows", red=True
+        )

@@ -631,7 +631,7 @@ def test_many_that_are_not_finite_are_not_all_listed():
 def test_a_penalty_that_single_precision_cannot_hold():
     # Finite where fn computed it, infinite in the gradient.
     decorated = zero_order(num_samples=4, seed=0)(lambda x: 1e300 if x[0] != 0 else 1.0)
-    with pytest.raises(zograd.NonFiniteError, match=said("1e+300", "float32")):
+    with pytest.raises(zograd.NonFiniteError, match=said("float32")):
         decorated.estimate(torch.zeros(1))
 
 

@@ -44,17 +44,18 @@ def all_noise(d):
 @every_dtype
 @every_family
 def test_moments(family, dtype):
-    """Mean zero and scale * E[eps eps^T] = I, also across leaves, rows, blocks and tiles; test_streams pins the bits."""
-    d = directions(family, space((3, 2), (2,), dtype=dtype), 9000)
+    """Mean zero and scale * E[eps eps^T] = I, also across leaves, rows and blocks."""
+    num = 4000
+    d = directions(family, space((3, 2), (2,), dtype=dtype), num)
     rows = all_noise(d)
     assert rows.dtype == dtype
     assert rows.isfinite().all()
     rows = rows.double()
-    assert rows.mean(dim=0).abs().max() < 6 / 9000**0.5
-    second = d.distribution.scale(d.space) * rows.T @ rows / 9000
-    assert (second - torch.eye(8)).abs().max() < 6 * 2**0.5 / 9000**0.5
+    assert rows.mean(dim=0).abs().max() < 6 / num**0.5
+    second = d.distribution.scale(d.space) * rows.T @ rows / num
+    assert (second - torch.eye(8)).abs().max() < 6 * 2**0.5 / num**0.5
     following = (rows[1:] * rows[:-1]).mean(dim=0)
-    assert following.abs().max() < 6 / 9000**0.5
+    assert following.abs().max() < 6 / num**0.5
 
 
 @every_family
@@ -181,7 +182,8 @@ class Recorded(Gaussian):
 
 @pytest.mark.parametrize("size", [1000, 40_000])
 @pytest.mark.parametrize(
-    ("evaluator", "chunk"), [("loop", None), ("vmap", 3), ("vmap", 70), ("vmap", 150), ("batched", 10), ("batched", None)]
+    ("evaluator", "chunk"),
+    [("loop", None), ("vmap", 3), ("vmap", 70), ("vmap", 150), ("batched", 10), ("batched", None)],
 )
 def test_each_direction_is_made_once_and_few_are_held(evaluator, chunk, size):
     from zograd import evaluators

@@ -182,12 +182,16 @@ def by_quadrature(d, nodes=20):
     points, weights = hermite(nodes)
     rows = torch.cartesian_prod(*[points] * d).view(-1, d)
     joint = torch.cartesian_prod(*[weights] * d).view(-1, d).prod(dim=1)
-    return rows, joint, {
-        "distribution": Listed(rows, 37),
-        "num_samples": len(rows),
-        "shaping": lambda values: values * (joint * len(joint)).unsqueeze(1),
-        "evaluator": "vmap",
-    }
+    return (
+        rows,
+        joint,
+        {
+            "distribution": Listed(rows, 37),
+            "num_samples": len(rows),
+            "shaping": lambda values: values * (joint * len(joint)).unsqueeze(1),
+            "evaluator": "vmap",
+        },
+    )
 
 
 FUNCTIONS = {
@@ -228,7 +232,7 @@ def test_on_a_cube_antithetic_adds_three_sigma_squared_and_fourth_order_nothing(
 @pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
 def test_in_two_dimensions_mixed_terms_come_out(scheme):
     sigma = 0.5
-    rows, joint, options = by_quadrature(2, nodes=8)
+    _, _, options = by_quadrature(2, nodes=8)
     x = torch.tensor([0.8, -0.3], dtype=torch.float64)
     fn = lambda x: x[0] ** 3 + 2 * x[0] ** 2 * x[1] - x[1]  # noqa: E731
     estimate = zero_order(**options, method=scheme, sigma=sigma)(fn).estimate(x)
@@ -258,7 +262,7 @@ def test_the_trace_of_the_covariance_is_the_closed_form_of_gaussian_directions(s
 
 @pytest.mark.parametrize("scheme", [NAIVE, FORWARD, ANTITHETIC], ids=repr)
 def test_on_a_circle_the_gradient_is_that_of_the_disk_smoothing(scheme):
-    """Equal angles integrate trigonometric polynomials exactly; the target averages over the disk of radius sqrt(2) s."""
+    """Equal angles integrate trigonometric polynomials exactly; the target averages over the disk, radius sqrt(2) s."""
     angles = torch.arange(16, dtype=torch.float64) * (2 * math.pi / 16) + 0.1
     circle = math.sqrt(2) * torch.stack([angles.cos(), angles.sin()], dim=1)
     x, sigma = torch.tensor([0.8, -0.3], dtype=torch.float64), 0.5

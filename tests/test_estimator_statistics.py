@@ -1,5 +1,6 @@
 """Means and variances of estimates against closed forms, with stated error rates (statistical.py)."""
 
+import itertools
 import math
 
 import pytest
@@ -51,7 +52,9 @@ def test_one_dimension(problem, scheme, checks):
     if scheme in problem.variances:
         assert variance == pytest.approx(problem.variances[scheme], rel=1e-3)
     num = max(draws(variance / expected**2, EFFECT), draws(kurtosis, EFFECT))
-    fn = zero_order(method=scheme, num_samples=num, sigma=problem.sigma, evaluator="vmap", seed=checks.seed())(problem.fn)
+    fn = zero_order(method=scheme, num_samples=num, sigma=problem.sigma, evaluator="vmap", seed=checks.seed())(
+        problem.fn
+    )
     estimate = fn.estimate(torch.tensor(problem.x, dtype=torch.float64))
     assert estimate.value.item() == problem.value()
     rows = per_direction(estimate, problem.sigma)
@@ -62,8 +65,14 @@ def test_one_dimension(problem, scheme, checks):
         checks.mean(estimate.coefficients, smoothed, effect=EFFECT * abs(smoothed), what=f"smoothed {problem.name}")
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
-@pytest.mark.parametrize("family", ["gaussian", "rademacher", "sphere", "sample", "function"])
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [
+        *itertools.product(["gaussian", "rademacher", "sphere", "function"], SCHEMES),
+        ("sample", NAIVE),  # the two adapted forms differ in the call alone
+    ],
+    ids=str,
+)
 def test_trace_of_the_covariance(family, scheme, checks):
     problem = Quadratic()
     adapted = family in ADAPTED
@@ -134,7 +143,7 @@ def test_sphere_estimates_the_gradient_of_the_ball_smoothed_function(scheme, rad
         checks.trace(rows, expected, (level / radius) ** 2, effect=0.1)
 
 
-# --------------------------------------------------------------------------------------------------- means of directions
+# ------------------------------------------------------------------------------------------------ means of directions
 
 
 def repeated(problem, num, repetitions, checks, **options):
@@ -283,7 +292,7 @@ def test_every_combination(family, scheme, dtype, checks):
     """Vmap against the closed form over many directions; the other evaluators against Vmap on the same ones."""
     problem = Quadratic()
     params = problem.params(dtype)
-    num = 6_000 if family in ADAPTED else 30_000
+    num = 3_000 if family in ADAPTED else 30_000
     seed = checks.seed()
     base = zero_order(FAMILIES[family], scheme, sigma=problem.sigma, evaluator="vmap", seed=seed)(problem)
     estimate = base.replace(num_samples=num).estimate(params)
@@ -294,7 +303,7 @@ def test_every_combination(family, scheme, dtype, checks):
     # What rounding of points, values and sums may add to the gradient, relative to its size.
     slack = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 1e-2}[dtype] * size
     rows = estimate.coefficients[:, None] * noise(estimate.directions) / problem.sigma
-    checks.mean(rows, problem.gradient, effect=(0.45 if num == 30_000 else 1.0) * size, slack=slack, what=family)
+    checks.mean(rows, problem.gradient, effect=(0.45 if num == 30_000 else 1.5) * size, slack=slack, what=family)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 1e-2}[dtype]
     mean = rows.mean(dim=0)
     torch.testing.assert_close(flat(estimate.grad), mean, rtol=0, atol=tolerance * float(rows.abs().mean(dim=0).max()))

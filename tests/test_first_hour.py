@@ -115,7 +115,7 @@ def test_a_class_with_its_own_noise():
         def forward(self, x, y):
             return (torch.sign(self.linear(x).squeeze(1)) - y).abs().mean()
 
-        def sample(self, sample_shape=torch.Size()):  # noqa: B008 - as the page writes it
+        def sample(self, sample_shape=torch.Size()):
             return torch.randn(sample_shape)
 
     net = Net()

@@ -103,7 +103,9 @@ def test_a_shaping_is_for_one_value():
 
 def test_values_are_checked_before_they_are_shaped():
     calls = []
-    spoiled = zero_order(**options(shaping=calls.append))(lambda x: x.sum().log() if len(calls) else x.sum() * torch.nan)
+    spoiled = zero_order(**options(shaping=calls.append))(
+        lambda x: x.sum().log() if len(calls) else x.sum() * torch.nan
+    )
     with pytest.raises(NonFiniteError, match="non-finite"):
         spoiled.estimate(x)
     assert not calls

@@ -1,6 +1,7 @@
 """Keyed streams: what a seed means must not change unnoticed.
 
-A digest that differs says that every seeded result of users changes: enter it in the changelog, then commit the new one.
+A digest that differs says that every seeded result of users changes: enter that in the changelog, then commit the new
+digest.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from zograd._tree import Space
 from zograd.distributions import Dense, Gaussian, Rademacher, Sphere
 
 FAMILIES = {"gaussian": Gaussian(), "rademacher": Rademacher(), "sphere": Sphere()}
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
 DIGESTS = {  # of the bytes, and of the signs alone
     ("gaussian", "float32", 3): ("e28b8c581d124644", "e66879b2179ce584"),
     ("gaussian", "float32", 1000): ("5d22806395d10660", "32a778262a71a2df"),
@@ -57,12 +59,13 @@ def test_the_first_block_is_the_committed_one(family, dtype, size):
     values = first_block(family, dtype, size)
     exact, signs = DIGESTS[family, str(dtype).removeprefix("torch."), size]
     assert signs_digest(values) == signs
-    # Logarithms and cosines may differ in the last bit between instruction sets, signs do not.
-    if family == "rademacher" or torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+    # Logarithms, cosines and sums may differ in the last bit between instruction sets; signs do not.
+    portable = {"rademacher": True, "gaussian": "AVX" in CAPABILITY, "sphere": CAPABILITY == "AVX2"}
+    if portable[family]:
         assert digest(values) == exact
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1, 123456789123456789])
+@pytest.mark.parametrize("seed", [0, 2**32 + 1, 2**63 - 1])
 def test_no_two_streams_of_an_estimate_share_a_key(seed):
     near = {key(seed, purpose, i) for purpose in Purpose for i in range(2**16)}
     assert len(near) == 3 * 2**16

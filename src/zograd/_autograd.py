@@ -8,19 +8,21 @@ seed, from which backward replays the directions, so that no Jacobian is ever st
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 
 from zograd._objective import Habits, Objective
 from zograd._random import draw_seed
 from zograd._tree import Arguments, Leaves, Space
 from zograd.errors import SecondDerivativeError
-from zograd.estimator import Estimate, Recipe, by_slice, contract, estimate, weigh
+from zograd.estimator import Estimate, Recipe, by_slice, contract, estimate, full_precision, weigh
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from zograd._points import Directions
 
@@ -40,7 +42,7 @@ class Plan:
     seed: int | None
     generator: torch.Generator | None
     habits: Habits
-    kept: dict[int, Directions] = field(default_factory=dict)  # directions that cannot be replayed, by seed
+    kept: list[Directions] = field(default_factory=list)  # those that cannot be replayed
 
     def space(self, tensors: Sequence[torch.Tensor]) -> Space:
         """The layout of the differentiated tensors."""
@@ -57,9 +59,31 @@ class Plan:
         seed = draw_seed(self.seed, self.generator)
         return estimate(objective, self.recipe, self.space(tensors), seed, structure)
 
-    def directions(self, space: Space, seed: int) -> Directions:
-        """The directions of an earlier forward."""
-        return self.kept[seed] if seed in self.kept else self.recipe.directions(space, seed)
+    def keep(self, directions: Directions) -> int:
+        """A number by which backward finds the directions again: their seed, or a negative one for kept ones."""
+        if directions.replayable:
+            return directions.seed
+        self.kept.append(directions)
+        return -len(self.kept)
+
+    def directions(self, space: Space, number: int) -> Directions:
+        """The directions that :meth:`keep` gave this number."""
+        return self.kept[-number - 1] if number < 0 else self.recipe.directions(space, number)
+
+
+_unpack_dual: Callable[[torch.Tensor], Any] = forward_ad.unpack_dual
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is going on, which neither grad mode nor ``requires_grad`` tells."""
+    return bool(forward_ad._current_level >= 0)
+
+
+def is_tracked(leaf: torch.Tensor) -> bool:
+    """Whether someone may ask for the derivative in this tensor."""
+    if leaf.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+        return True
+    return forward_mode() and _unpack_dual(leaf).tangent is not None
 
 
 def differentiate(plan: Plan, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -74,9 +98,7 @@ class _ZeroOrder(torch.autograd.Function):
         result = plan.estimate(tensors)
         if result._flat is not None:
             return result.value, result._flat
-        if not result.directions.replayable:
-            plan.kept[result.seed] = result.directions
-        return result.value, result.coefficients, torch.tensor(result.seed)
+        return result.value, result.coefficients, torch.tensor(plan.keep(result.directions))
 
     # torch inspects this at every call, which would cost more than the rest of its machinery.
     forward.__func__.__signature__ = inspect.signature(forward.__func__)  # type: ignore[attr-defined]
@@ -135,7 +157,7 @@ def _push_forward(
     plan: Plan, space: Space, payload: tuple[torch.Tensor, ...], tangents: list[torch.Tensor | None]
 ) -> torch.Tensor:
     """Jacobian times tangent, of the shape of the value."""
-    like = next(t for t in tangents if t is not None)
+    like = next((t for t in tangents if t is not None), payload[0])
     leaves = tuple(like.new_zeros(shape) if t is None else t for t, shape in zip(tangents, space.shapes, strict=True))
     payload, vector = _fenced(payload), space.join(leaves)
     if len(payload) > 1:
@@ -146,7 +168,9 @@ def _push_forward(
 
 def _fenced(payload: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The payload, so that a derivative of it is an error: without the fence it would be zero without a sign."""
-    return (_apply(_Fence, payload[0]), *payload[1:]) if torch.is_grad_enabled() else payload
+    if torch.is_grad_enabled() or forward_mode():
+        return _apply(_Fence, payload[0]), *payload[1:]
+    return payload
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
@@ -196,6 +220,7 @@ class _Contract(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.plan, ctx.space, seed, coefficients, cotangent = inputs
         ctx.save_for_backward(seed, coefficients, cotangent)
+        ctx.save_for_forward(seed, coefficients)
 
     @staticmethod
     def backward(ctx: Any, vector: torch.Tensor) -> tuple[Any, ...]:
@@ -203,6 +228,12 @@ class _Contract(torch.autograd.Function):
         values = _apply(_Project, ctx.plan, ctx.space, seed, coefficients, vector)
         # The coefficients come through a fence, which raises if anything asks for the zero here.
         return None, None, None, torch.zeros_like(coefficients), values.to(cotangent.dtype)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
+        # Linear in the last argument; the coefficients come through a fence.
+        seed, coefficients = ctx.saved_tensors[:2]
+        return _apply(_Contract, ctx.plan, ctx.space, seed, coefficients, tangents[-1])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, space: Space, *tensors: torch.Tensor) -> tuple[Any, int]:
@@ -220,7 +251,8 @@ class _Project(torch.autograd.Function):
         leaves = zip(space.split(vector), plan.recipe.sigma, strict=True)
         scaled = space.join(tuple(leaf / sigma for leaf, sigma in leaves))
         family = directions.distribution
-        dots = [family.dot(space, directions.noise(lo, hi), scaled) for lo, hi in directions.blocks()]
+        with full_precision(space.device):
+            dots = [family.dot(space, directions.noise(lo, hi), scaled) for lo, hi in directions.blocks()]
         columns = by_slice(coefficients, space, 1)
         mean = (columns * torch.cat(dots).to(columns).unsqueeze(2)).mean(dim=0) * family.scale(space)
         return _from_slices(mean, coefficients.shape[1:], space)
@@ -229,12 +261,19 @@ class _Project(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.plan, ctx.space, seed, coefficients, _ = inputs
         ctx.save_for_backward(seed, coefficients)
+        ctx.save_for_forward(seed, coefficients)
 
     @staticmethod
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
         seed, coefficients = ctx.saved_tensors
         flat = _apply(_Contract, ctx.plan, ctx.space, seed, coefficients, cotangent)
         return None, None, None, torch.zeros_like(coefficients), flat
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
+        # Linear in the last argument; the coefficients come through a fence.
+        seed, coefficients = ctx.saved_tensors[:2]
+        return _apply(_Project, ctx.plan, ctx.space, seed, coefficients, tangents[-1])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, space: Space, *tensors: torch.Tensor) -> tuple[Any, int]:

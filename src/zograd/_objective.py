@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
 
 from zograd._random import CENTER, FnStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable
 
     from zograd._tree import Arguments, Leaves
 
@@ -40,18 +40,20 @@ def as_tensor(out: Any, name: str) -> torch.Tensor:
     if not out.is_floating_point():
         raise TypeError(
             f"{name} must return floating-point values to have a gradient, got a tensor of {out.dtype} with shape "
-            f"{tuple(out.shape)}: return `.float()` of it."
+            f"{tuple(out.shape)}: return `{'.abs()` or `.real' if out.is_complex() else '.float()'}` of it."
         )
     return out
 
 
 def _from_number(out: Any, name: str) -> torch.Tensor:
-    if isinstance(out, (int, float)) and not isinstance(out, bool):
-        return torch.tensor(out, dtype=torch.get_default_dtype())
-    # numpy's scalars and arrays, recognized by what they offer, so that numpy need not be imported.
+    # numpy's scalars and arrays, recognized by what they offer, so that numpy need not be imported; first, since numpy's
+    # float64 is a Python float, too.
     if getattr(getattr(out, "dtype", None), "kind", "") in tuple("fiu"):
         return torch.as_tensor(float(out) if not out.shape else out.copy(), dtype=_numpy_dtype(out))
-    raise TypeError(f"{name} must return a tensor or a number, got {type(out).__name__} {out!r:.80}.")
+    if isinstance(out, (int, float)) and not isinstance(out, bool):
+        return torch.tensor(out, dtype=torch.get_default_dtype())
+    got = "None (is a `return` missing?)" if out is None else f"{type(out).__name__} {out!r:.80}"
+    raise TypeError(f"{name} must return a tensor or a number, got {got}.")
 
 
 def _numpy_dtype(out: Any) -> torch.dtype:
@@ -70,11 +72,41 @@ class Habits:
     """What was learned about a function, kept from call to call."""
 
     differentiates: bool = False
-    """Whether it asks autograd for derivatives with respect to its differentiated arguments."""
+    """Whether it uses autograd, maybe with respect to its differentiated arguments."""
+    watched: bool = False
+    """Whether it has been looked at for that."""
 
 
 class _NeedsGrad(Exception):
-    """An optimizer was about to skip a point, since it does not require grad."""
+    """fn is about to use autograd at a point that does not require grad."""
+
+
+class _WatchAutograd(TorchFunctionMode):
+    """Stops fn where it first uses autograd, before anything has happened that a second try would repeat.
+
+    Without this, ``backward()`` on a loss of a point and of a tensor that does require grad would pass over the point, and
+    an optimizer likewise: the value would be another than in a plain call, without any sign.
+    """
+
+    def __init__(self, params: Leaves) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._params = {id(p) for p in params}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _ENGINE or (func in _ASKING and id(args[0]) in self._params):
+            raise _NeedsGrad
+        return func(*args, **(kwargs or {}))
+
+
+_ENGINE = {torch.Tensor.backward, torch.autograd.grad}
+_ASKING = {
+    torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.grad.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.register_hook,
+    torch.Tensor.retain_grad,
+}
 
 
 class Objective:
@@ -83,8 +115,8 @@ class Objective:
     Evaluators call it at points; it sets the random state for each, checks what comes back and keeps a float64 copy,
     made before the next point is (an ``fn`` may return a view of its argument).
 
-    Points require grad only if ``fn`` differentiates with respect to them itself. That shows when autograd complains,
-    or when an optimizer of torch is about to step past one; then that evaluation is repeated, and the habit remembered.
+    Points require grad only if ``fn`` uses autograd itself. That shows at its first evaluation, which is watched for it,
+    or when autograd complains; then that evaluation is repeated, and the habit remembered.
 
     Args:
         fn: the user's function. If it has ``at_center``, that is called for the center instead, and ``commit`` once the
@@ -103,6 +135,7 @@ class Objective:
         self.shape: torch.Size = torch.Size()
         self._fn = fn
         self._build = arguments.builder()
+        self._others = [t for t in arguments.leaves if isinstance(t, torch.Tensor) and t.requires_grad]
         self._habits = habits
 
     def center(self, params: Leaves, *, batched: bool = False) -> torch.Tensor:
@@ -155,17 +188,23 @@ class Objective:
             return run(_tracked(params))
         versions = [p._version for p in params]
         try:
-            with _no_skipped_step(params) if index == CENTER else _NOTHING:
-                return run(params)
+            with _NOTHING if self._habits.watched else _WatchAutograd(params):
+                out = run(params)
+            self._habits.watched = True
+            return out
         except (RuntimeError, TypeError, _NeedsGrad) as error:
+            if "escaped" in str(error):
+                raise self._closed_over() from error
             if not _wants_grad(error) or versions != [p._version for p in params]:
                 raise
-        self._habits.differentiates = True
+        self._habits.differentiates = self._habits.watched = True
         self.repeated += len(params[0]) if vmapped or rows else 1
         self._begin(index, rows, vmapped=vmapped)
         return run(_tracked(params))
 
     def _call(self, fn: Callable[..., Any], params: Leaves) -> Any:
+        for leaf in self._others:
+            leaf.grad = None  # what an earlier evaluation may have left there
         args, kwargs = self._build(params)
         return fn(*args, **kwargs)
 
@@ -182,6 +221,12 @@ class Objective:
             )
         return value[0]
 
+    def _closed_over(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self.name} closes over a tensor of an enclosing torch.func transform, which cannot reach the evaluations "
+            "of an estimate: pass that tensor as an argument."
+        )
+
     def _wrong_shape(self, got: torch.Size, wanted: torch.Size) -> ValueError:
         return ValueError(f"{self.name} must return one shape at all points, got {tuple(got)} after {tuple(wanted)}.")
 
@@ -197,19 +242,3 @@ def _wants_grad(error: Exception) -> bool:
 
 
 _NOTHING = contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _no_skipped_step(params: Leaves) -> Generator[None]:
-    """Notice an optimizer that would pass over a point without a gradient, of which autograd does not complain."""
-    ours = {id(p) for p in params}
-
-    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
-            raise _NeedsGrad
-
-    handle = register_optimizer_step_pre_hook(look)
-    try:
-        yield
-    finally:
-        handle.remove()

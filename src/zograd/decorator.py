@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 
 import torch
 
-from zograd._autograd import Plan, differentiate
+from zograd._autograd import Plan, differentiate, forward_mode, is_tracked
 from zograd._objective import Habits, as_tensor, function_name
 from zograd._options import Options
 from zograd._random import plain_call
@@ -54,16 +54,15 @@ class ZeroOrderFunction(Generic[P]):
         Returns:
             The value of ``fn`` at its arguments, as a tensor.
         """
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._plain(args, kwargs) if not torch.is_grad_enabled() else _outside_the_graph(self, args, kwargs)
+        if torch.compiler.is_compiling():
+            return _outside_the_graph(self, args, kwargs)
+        if not (torch.is_grad_enabled() or forward_mode()):
+            return self._plain(args, kwargs)
         arguments = self._arguments(args, kwargs)
-        transformed = torch._C._are_functorch_transforms_active()
-        chosen = tuple(i for i in arguments.chosen if arguments.leaves[i].requires_grad)
-        if not chosen and (transformed or _has_tangent(arguments)):
-            chosen = arguments.chosen  # forward-mode and vmapped tensors do not say so
+        chosen = tuple(i for i in arguments.chosen if is_tracked(arguments.leaves[i]))
         if not chosen:
             return self._plain(args, kwargs)
-        return differentiate(*self._plan(replace(arguments, chosen=chosen), arguments))
+        return differentiate(*self._plan(arguments, chosen))
 
     def estimate(self, *args: P.args, **kwargs: P.kwargs) -> Estimate:
         """Estimate the gradient of every floating leaf of the differentiated arguments, without autograd.
@@ -76,7 +75,7 @@ class ZeroOrderFunction(Generic[P]):
             The estimate: value, gradient and all they were made of.
         """
         arguments = self._arguments(args, kwargs)
-        plan, tensors = self._plan(arguments, arguments)
+        plan, tensors = self._plan(arguments, arguments.chosen)
         several = len(self.options.argnums) > 1
         return plan.estimate(tensors, functools.partial(arguments.structure, several=several))
 
@@ -119,7 +118,6 @@ class ZeroOrderFunction(Generic[P]):
                 "differentiate in "
                 f"these arguments of {self._typed}. (For a method, argument 0 is the one after `self`.)"
             )
-        _check_leaves(arguments.params(), self.options)
         return arguments
 
     def _place(self, argnum: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
@@ -141,34 +139,28 @@ class ZeroOrderFunction(Generic[P]):
         parameters = inspect.signature(self.fn).parameters.values()
         return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
-    def _plan(self, arguments: Arguments, every: Arguments) -> tuple[Plan, list[torch.Tensor]]:
-        o = self.options
-        positions = tuple(i for i, leaf in enumerate(arguments.leaves) if isinstance(leaf, torch.Tensor))
-        tensors = [arguments.leaves[i] for i in positions]
+    def _plan(self, arguments: Arguments, chosen: tuple[int, ...]) -> tuple[Plan, list[torch.Tensor]]:
+        o, leaves = self.options, arguments.leaves
+        _check_leaves([leaves[i] for i in chosen], o)
+        positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
         index = {position: k for k, position in enumerate(positions)}
-        blank: list[Any] = [None if i in index else leaf for i, leaf in enumerate(arguments.leaves)]
-        sigmas = dict(zip(every.chosen, sigma_per_leaf(o.sigma, every, several=len(o.argnums) > 1), strict=True))
-        recipe = Recipe(
-            o.distribution,
-            o.method,
-            o.num_samples,
-            tuple(sigmas[i] for i in arguments.chosen),
-            o.evaluator,
-            o.shaping,
-        )
-        chosen = tuple(index[i] for i in arguments.chosen)
+        sigma = sigma_per_leaf(o.sigma, arguments, several=len(o.argnums) > 1)
+        by_position = dict(zip(arguments.chosen, sigma, strict=True))
+        radii = tuple(by_position[i] for i in chosen)
         plan = Plan(
-            self.fn,
-            arguments.with_leaves(blank),
-            positions,
-            chosen,
-            recipe,
-            o.batch_dim,
-            o.seed,
-            o.generator,
-            self._habits,
+            fn=self.fn,
+            arguments=replace(
+                arguments, leaves=[None if i in index else x for i, x in enumerate(leaves)], chosen=chosen
+            ),
+            positions=positions,
+            chosen=tuple(index[i] for i in chosen),
+            recipe=Recipe(o.distribution, o.method, o.num_samples, radii, o.evaluator, o.shaping),
+            batch_dim=o.batch_dim,
+            seed=o.seed,
+            generator=o.generator,
+            habits=self._habits,
         )
-        return plan, tensors
+        return plan, [leaves[i] for i in positions]
 
     def __get__(self, instance: object, owner: type | None = None) -> ZeroOrderFunction[Any]:
         if instance is None:
@@ -202,9 +194,12 @@ class ZeroOrderFunction(Generic[P]):
 
 
 def _outside_the_graph(function: ZeroOrderFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Under torch.compile: break the graph here, since a compiled graph cannot hold generators and user code."""
-    torch._dynamo.graph_break()
     return function(*args, **kwargs)
+
+
+# Under torch.compile the graph breaks here, since it cannot hold generators and user code. This mark is what
+# torch.compiler.disable leaves; calling that at import would import the whole compiler.
+_outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _look_up(module: str | None, name: str | None) -> Any:
@@ -218,13 +213,6 @@ def _look_up(module: str | None, name: str | None) -> Any:
 
 def _any_tensor(out: Any, name: str) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else as_tensor(out, name)
-
-
-_unpack_dual: Callable[[torch.Tensor], Any] = torch.autograd.forward_ad.unpack_dual
-
-
-def _has_tangent(arguments: Arguments) -> bool:
-    return any(_unpack_dual(p).tangent is not None for p in arguments.params())
 
 
 def _check_leaves(params: Sequence[torch.Tensor], options: Options) -> None:

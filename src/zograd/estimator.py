@@ -76,7 +76,7 @@ class Contraction:
         """Take the coefficients of the next directions, one for each slice, and sum every block that is whole now."""
         c = coefficients.reshape(-1, self._space.slices).to(device=self._space.device, dtype=self._space.dtype)
         self._waiting = c if self._waiting is None else torch.cat([self._waiting, c])
-        with _full_precision(self._space.device):
+        with full_precision(self._space.device):
             while self._waiting is not None and self._done < len(self._directions):
                 rows = min(self._directions.block, len(self._directions) - self._done)
                 if len(self._waiting) < rows:
@@ -105,7 +105,7 @@ def contract(directions: Directions, sigma: tuple[float, ...], coefficients: tor
 _NOTHING = contextlib.nullcontext()
 
 
-def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """No autocast: a matrix-vector product of ours in bfloat16 would round the gradient to three digits."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _NOTHING
 
