@@ -37,8 +37,8 @@ MUTANTS = [
     Mutant(
         "gradient times sigma^2",
         "estimator.py",
-        "self._sum.div_(divisor * self._sigma[0])",
-        "self._sum.mul_(self._sigma[0] / divisor)",
+        "return self._sum.div_(divisor * self._sigma[0])",
+        "return self._sum.mul_(self._sigma[0] / divisor)",
         (EXACT, STATISTICS),
     ),
     Mutant(

@@ -175,6 +175,23 @@ def test_variance_falls_with_the_number_of_directions(family, scheme, num, check
     checks.trace(grads, problem.gradient, expected, effect=0.5, what=f"N = {num}")
 
 
+class SmallBlocks(Gaussian):
+    """Blocks of 8 directions, so that few directions make many blocks."""
+
+    def rows(self, space, num):
+        return 8
+
+
+@pytest.mark.parametrize("scheme", [NAIVE, FORWARD, ANTITHETIC], ids=str)
+def test_variance_falls_with_the_number_of_blocks(scheme, checks):
+    """Noise made once for all blocks would leave the variance of 8 directions, 25 times as large."""
+    problem = Quadratic()
+    grads = repeated(problem, 203, 600, checks, distribution=SmallBlocks(), method=scheme)
+    expected = problem.trace("gaussian", scheme) / 203
+    checks.mean(grads, problem.gradient, effect=0.6 * math.sqrt(expected), what="mean")
+    checks.trace(grads, problem.gradient, expected, effect=0.6, what="blocks")
+
+
 @pytest.mark.parametrize("num", [4, 10, 100])
 def test_leave_one_out_keeps_the_mean_and_drops_the_level(num, checks):
     """On a linear function the estimate is the sample covariance of the directions times the slope: Wishart moments."""

@@ -591,13 +591,6 @@ def test_every_random_function_in_the_middle_of_another_threads_estimate():
     same_or_refused(other, alone)
 
 
-def test_a_seed_set_inside_fn_in_the_middle_of_another_threads_estimate():
-    alone = coefficients(reseeding)
-    owner_alone, owner, other = during(lambda: coefficients(reseeding))
-    assert torch.equal(owner, owner_alone)
-    same_or_refused(other, alone)
-
-
 @pytest.mark.parametrize("own", ["nothing", "generator"])
 def test_the_seed_of_an_estimate_is_not_drawn_from_another_threads_estimate(own):
     generator = torch.Generator().manual_seed(1)

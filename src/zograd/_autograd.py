@@ -7,6 +7,7 @@ seed, from which backward replays the directions, so that no Jacobian is ever st
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class Plan:
         return self.kept[-number - 1] if number < 0 else self.recipe.directions(space, number)
 
 
+_NOTHING = contextlib.nullcontext()
 _unpack_dual: Callable[[torch.Tensor], Any] = forward_ad.unpack_dual
 
 
@@ -79,11 +81,18 @@ def forward_mode() -> bool:
     return bool(forward_ad._current_level >= 0)
 
 
+def is_transformed(leaf: object) -> bool:
+    """Whether the tensor belongs to a torch.func transform."""
+    return isinstance(leaf, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+
+
 def is_tracked(leaf: torch.Tensor) -> bool:
     """Whether someone may ask for the derivative in this tensor."""
-    if leaf.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(leaf):
-        return True
-    return forward_mode() and _unpack_dual(leaf).tangent is not None
+    # A function mode may be an outer estimate that watches whether fn asks such things; this is not fn asking.
+    with torch._C.DisableTorchFunction() if torch._C._len_torch_function_stack() else _NOTHING:
+        if leaf.requires_grad or is_transformed(leaf):
+            return True
+        return forward_mode() and _unpack_dual(leaf).tangent is not None
 
 
 def differentiate(plan: Plan, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -201,8 +210,7 @@ class _Fence(torch.autograd.Function):
 def _no_second_derivative() -> SecondDerivativeError:
     return SecondDerivativeError(
         "a second derivative was asked for (create_graph=True, or a nested torch.func transform), and an estimate has "
-        "the "
-        "first one only. If the outer derivative does not concern the decorated function, detach its gradient."
+        "the first one only. If the outer derivative does not concern the decorated function, detach its gradient."
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -46,8 +46,8 @@ def as_tensor(out: Any, name: str) -> torch.Tensor:
 
 
 def _from_number(out: Any, name: str) -> torch.Tensor:
-    # numpy's scalars and arrays, recognized by what they offer, so that numpy need not be imported; first, since numpy's
-    # float64 is a Python float, too.
+    # numpy's scalars and arrays, recognized by what they offer, so that numpy need not be imported. They come first,
+    # since numpy's float64 is a Python float, too.
     if getattr(getattr(out, "dtype", None), "kind", "") in tuple("fiu"):
         return torch.as_tensor(float(out) if not out.shape else out.copy(), dtype=_numpy_dtype(out))
     if isinstance(out, (int, float)) and not isinstance(out, bool):
@@ -84,12 +84,12 @@ class _NeedsGrad(Exception):
 class _WatchAutograd(TorchFunctionMode):
     """Stops fn where it first uses autograd, before anything has happened that a second try would repeat.
 
-    Without this, ``backward()`` on a loss of a point and of a tensor that does require grad would pass over the point, and
-    an optimizer likewise: the value would be another than in a plain call, without any sign.
+    Without this, ``backward()`` on a loss of a point and of a tensor that does require grad would pass over the point,
+    and an optimizer likewise: the value would be another than in a plain call, without any sign.
     """
 
     def __init__(self, params: Leaves) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._params = {id(p) for p in params}
 
     def __torch_function__(
@@ -102,8 +102,8 @@ class _WatchAutograd(TorchFunctionMode):
 
 _ENGINE = {torch.Tensor.backward, torch.autograd.grad}
 _ASKING = {
-    torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.grad.__get__,  # type: ignore[attr-defined]
+    cast("Any", torch.Tensor.requires_grad).__get__,
+    cast("Any", torch.Tensor.grad).__get__,
     torch.Tensor.register_hook,
     torch.Tensor.retain_grad,
 }
@@ -115,8 +115,8 @@ class Objective:
     Evaluators call it at points; it sets the random state for each, checks what comes back and keeps a float64 copy,
     made before the next point is (an ``fn`` may return a view of its argument).
 
-    Points require grad only if ``fn`` uses autograd itself. That shows at its first evaluation, which is watched for it,
-    or when autograd complains; then that evaluation is repeated, and the habit remembered.
+    Points require grad only if ``fn`` uses autograd itself. That shows at its first evaluation, which is watched for
+    it, or when autograd complains; then that evaluation is repeated, and the habit remembered.
 
     Args:
         fn: the user's function. If it has ``at_center``, that is called for the center instead, and ``commit`` once the
@@ -195,8 +195,11 @@ class Objective:
         except (RuntimeError, TypeError, _NeedsGrad) as error:
             if "escaped" in str(error):
                 raise self._closed_over() from error
-            if not _wants_grad(error) or versions != [p._version for p in params]:
+            written = versions != [p._version for p in params]
+            if not _wants_grad(error) or (written and index != CENTER):
                 raise
+            if written:  # the center: make it anew
+                params = tuple(p.clone().view_as(q) for p, q in zip(self.params, params, strict=True))
         self._habits.differentiates = self._habits.watched = True
         self.repeated += len(params[0]) if vmapped or rows else 1
         self._begin(index, rows, vmapped=vmapped)
@@ -216,15 +219,14 @@ class Objective:
         if value.shape[:1] != (1,):
             raise ValueError(
                 f'{self.name} with `evaluator="batched"` takes a leading axis of parameter sets and must return one '
-                "value "
-                f"each: for one set it returned the shape {tuple(value.shape)} where (1, ...) was expected."
+                f"value each: for one set it returned the shape {tuple(value.shape)} where (1, ...) was expected."
             )
         return value[0]
 
     def _closed_over(self) -> RuntimeError:
         return RuntimeError(
-            f"{self.name} closes over a tensor of an enclosing torch.func transform, which cannot reach the evaluations "
-            "of an estimate: pass that tensor as an argument."
+            f"{self.name} closes over a tensor of an enclosing torch.func transform, which cannot reach the "
+            "evaluations of an estimate: pass that tensor as an argument."
         )
 
     def _wrong_shape(self, got: torch.Size, wanted: torch.Size) -> ValueError:

@@ -91,11 +91,9 @@ class Options:
         return self.make(self.call, **{**settings, **changes})
 
     def _check_together(self) -> None:
-        typed = f"`{self.call}(generator=..., seed=...)`"
+        typed = f"`{self.call}(generator=..., seed={self.seed})`"
         if self.generator is not None and self.seed is not None:
-            raise ValueError(
-                f"{typed} must not have both, got {self.generator} and {self.seed}: `seed` fixes every call."
-            )
+            raise ValueError(f"{typed} must not have both, got a generator and a seed: `seed` fixes every call.")
         if self.shaping is not None and self.method.uses_center and not self.method.is_difference:
             raise ValueError(
                 f"`{self.call}(shaping=..., method={self.method})` needs a scheme whose weights sum to zero."
@@ -121,9 +119,10 @@ def _method(value: Any, typed: str, call: str) -> Scheme:
 
 
 def _argnums(value: Any, typed: str, call: str) -> tuple[int, ...]:
-    argnums = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    if not argnums or any(isinstance(a, bool) or not isinstance(a, int) for a in argnums):
-        raise TypeError(f"{typed} must be an int or a tuple of ints, got {value!r}.")
+    given = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not given:
+        raise ValueError(f"{typed} must name an argument, got {value!r}.")
+    argnums = tuple(_integer(a, typed) for a in given)
     if min(argnums) < 0:
         raise ValueError(f"{typed} must count positional arguments from 0, got {value!r}.")
     if len(set(argnums)) != len(argnums):
@@ -149,11 +148,13 @@ def _num_samples(value: Any, typed: str, call: str) -> int:
 
 def _sigma(value: Any, typed: str, call: str) -> Any:
     leaves = numbers(value)
+    if value is None or (not leaves and not isinstance(value, (tuple, list, dict))):
+        raise TypeError(f"{typed} must be a number or a tree of numbers, got {type(value).__name__} {value!r}.")
     if not leaves:
         raise ValueError(f"{typed} must be a positive number or a tree of them, got {value!r}.")
     for leaf in leaves:
         _check_radius(leaf, typed)
-    return value if isinstance(value, (tuple, list, dict)) else float(value)
+    return float(value) if len(leaves) == 1 and leaves[0] is value else value
 
 
 def _check_radius(value: Any, typed: str) -> None:

@@ -44,6 +44,7 @@ class Directions:
     def _forget(self) -> None:
         self._span = range(0)
         self._noise: Noise = ()
+        self._scratch: Noise = ()
         self._kept: list[Noise] = []
 
     def __len__(self) -> int:
@@ -64,12 +65,21 @@ class Directions:
 
     def add_sum(self, lo: int, c: torch.Tensor, out: torch.Tensor) -> None:
         """``out += sum_i c_i eps_i`` over the block that begins at ``lo``; ``c`` is (rows, slices)."""
-        self.distribution.add_sum(self.space, self.noise(lo, lo + len(c)), c, out)
+        hi = lo + len(c)
+        if self._span.start <= lo and hi <= self._span.stop:
+            noise = self.noise(lo, hi)
+        else:
+            # Elsewhere: an evaluator that is ahead of the sum may still be using what it was given.
+            noise = self._scratch = self._room(self._scratch, hi - lo)
+            self._draw(lo // self.block, noise)
+        self.distribution.add_sum(self.space, noise, c, out)
+
+    def _room(self, noise: Noise, rows: int) -> Noise:
+        return noise if noise and len(noise[0]) == rows else self.distribution.empty(self.space, rows)
 
     def _load(self, first: int, last: int) -> None:
         lo, hi = first * self.block, min(last * self.block, self.num)
-        if not self._noise or len(self._noise[0]) != hi - lo:
-            self._noise = self.distribution.empty(self.space, hi - lo)
+        self._noise = self._room(self._noise, hi - lo)
         self._span = range(0)  # in case drawing fails halfway
         for block in range(first, last):
             start = block * self.block - lo
@@ -93,10 +103,9 @@ class Directions:
         if not self.replayable:
             raise ReplayError(
                 f"the directions of {self.distribution} cannot be made again elsewhere: its `sample` gave two answers "
-                "for "
-                "one state of torch's random stream. Draw from torch's random functions in it."
+                "for one state of torch's random stream. Draw from torch's random functions in it."
             )
-        return {**self.__dict__, "_span": range(0), "_noise": (), "_kept": []}
+        return {**self.__dict__, "_span": range(0), "_noise": (), "_scratch": (), "_kept": []}
 
     def __repr__(self) -> str:
         return f"Directions({self.distribution}, num={self.num}, size={self.space.size}, seed={self.seed})"

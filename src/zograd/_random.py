@@ -76,7 +76,7 @@ def derive(seed: int, *counters: int) -> int:
     """A seed for something inside an estimate, independent of the estimate's own streams."""
     mixed = _mix64(seed ^ Purpose.INNER)
     for counter in counters:
-        mixed = _mix64(mixed ^ _mix64(counter))
+        mixed = _mix64(mixed ^ counter)
     return mixed >> (64 - SEED_BITS)
 
 
@@ -180,8 +180,7 @@ class _LocalDraws(TorchDispatchMode):
         if overload is None:
             raise SharedStreamError(
                 f"`{func}` drew from torch's global random stream in thread {threading.current_thread().name!r} while "
-                "an "
-                "estimate in another thread owns it, so its numbers could not be reproduced. Draw from a generator: "
+                "an estimate in another thread owns it, so its numbers could not be reproduced. Draw from a generator: "
                 "`torch.Generator().manual_seed(zograd.current_seed())`."
             )
         tensor = next((a for a in args if isinstance(a, torch.Tensor)), None)
@@ -313,14 +312,12 @@ class FnStream:
         if self._vmapped:
             raise RuntimeError(
                 '`zograd.current_seed()` has no single answer under `evaluator="vmap"`, where one call of fn serves '
-                "many "
-                'directions: use `evaluator="loop"`, or `evaluator="batched"` with `zograd.current_seeds()`.'
+                'many directions: use `evaluator="loop"`, or `evaluator="batched"` with `zograd.current_seeds()`.'
             )
         if self._rows is not None:
             raise RuntimeError(
                 '`zograd.current_seed()` has no single answer under `evaluator="batched"`: use '
-                "`zograd.current_seeds()`, "
-                "one seed for each parameter set."
+                "`zograd.current_seeds()`, one seed for each parameter set."
             )
         return self._key
 
@@ -412,5 +409,16 @@ def current_seeds() -> torch.Tensor:
 
     Raises:
         RuntimeError: outside any function that zograd calls, or under another evaluator.
+
+    Examples:
+        >>> import torch, zograd
+        >>> @zograd.zero_order(num_samples=4, evaluator="batched")
+        ... def noisy(x):
+        ...     lengths.append(len(zograd.current_seeds()))
+        ...     return x.sum(dim=1)
+        >>> lengths = []
+        >>> _ = noisy.estimate(torch.zeros(3))
+        >>> lengths
+        [1, 4]
     """
     return _running().current_seeds()

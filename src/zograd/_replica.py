@@ -141,9 +141,7 @@ class Watch(TorchFunctionMode):
                 if id(item) in self._names:
                     raise RuntimeError(
                         f"`{self._owner}` reaches its parameter {self._names[id(item)]!r} in `forward` through an "
-                        "object that "
-                        "is neither a submodule nor a list, tuple or dict of them (a closure or a helper object?), "
-                        "where it "
-                        "cannot be perturbed. Reach it through `self`, or pass it as an argument."
+                        "object that is neither a submodule nor a list, tuple or dict of them (a closure or a helper "
+                        "object?), where it cannot be perturbed. Reach it through `self`, or pass it as an argument."
                     )
         return func(*args, **(kwargs or {}))

@@ -116,7 +116,7 @@ def _starts(trees: Sequence[optree.PyTreeSpec]) -> list[tuple[optree.PyTreeSpec,
 
 
 def _is_float(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex() or leaf.is_quantized)
 
 
 def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool) -> tuple[float, ...]:
@@ -133,7 +133,7 @@ def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool) -> tuple[
     trees = sigma if several and isinstance(sigma, (tuple, list)) else (sigma,)
     specs = [optree.tree_structure(tree) for tree in trees]
     if specs != arguments.trees:
-        wanted = arguments.structure(["..."] * len(arguments.chosen), several=several)
+        wanted = arguments.structure([Ellipsis] * len(arguments.chosen), several=several)
         raise ValueError(
             "`zero_order(sigma=...)` must be a number or have the structure of the differentiated arguments, "
             f"{wanted}, "

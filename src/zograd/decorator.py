@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 
 import torch
 
-from zograd._autograd import Plan, differentiate, forward_mode, is_tracked
+from zograd._autograd import Plan, differentiate, forward_mode, is_tracked, is_transformed
 from zograd._objective import Habits, as_tensor, function_name
 from zograd._options import Options
 from zograd._random import plain_call
@@ -38,7 +38,9 @@ class ZeroOrderFunction(Generic[P]):
     """A function with a gradient from its values; made by :func:`zero_order`."""
 
     def __init__(self, fn: Callable[P, Any], options: Options, habits: Habits | None = None) -> None:
-        functools.update_wrapper(self, fn)
+        functools.update_wrapper(self, fn, updated=())
+        if inspect.isfunction(fn):  # a callable object's attributes are its state, and could hide ours
+            self.__dict__.update({k: v for k, v in fn.__dict__.items() if not hasattr(type(self), k)})
         self.fn = fn
         self.options = options
         self._habits = habits or Habits()
@@ -60,6 +62,8 @@ class ZeroOrderFunction(Generic[P]):
             return self._plain(args, kwargs)
         arguments = self._arguments(args, kwargs)
         chosen = tuple(i for i in arguments.chosen if is_tracked(arguments.leaves[i]))
+        if not chosen and any(map(is_transformed, arguments.leaves)):
+            chosen = arguments.chosen  # no derivative is asked for, but fn may be numpy: below the transform it can run
         if not chosen:
             return self._plain(args, kwargs)
         return differentiate(*self._plan(arguments, chosen))
@@ -114,8 +118,7 @@ class ZeroOrderFunction(Generic[P]):
         arguments = flatten(args, kwargs, [self._place(a, args, kwargs) for a in self.options.argnums])
         if not arguments.chosen:
             raise ValueError(
-                f"`{self.options.call}(argnums={self.options.argnums})`: there is no floating-point tensor to "
-                "differentiate in "
+                f"`{self.options.call}(argnums={self.options.argnums})`: no floating-point tensor to differentiate in "
                 f"these arguments of {self._typed}. (For a method, argument 0 is the one after `self`.)"
             )
         return arguments
@@ -127,11 +130,10 @@ class ZeroOrderFunction(Generic[P]):
         names = self._positional_names
         if argnum < len(names) and names[argnum] in kwargs:
             return names[argnum]
+        given = [f"<{len(args)} positional>", *(f"{name}=..." for name in kwargs)]
         raise ValueError(
-            f"`{self.options.call}(argnums={self.options.argnums})` must count arguments of the call, got {argnum} "
-            "where "
-            f"{self._typed} was called with {len(args)} positional argument{'s' * (len(args) != 1)}"
-            f"{' and ' + ', '.join(kwargs) if kwargs else ''}."
+            f"`{self.options.call}(argnums={self.options.argnums})` must index the call's arguments: there is no "
+            f"argument {argnum} in `{self._typed.strip('`')}({', '.join(given)})`."
         )
 
     @functools.cached_property
@@ -177,15 +179,19 @@ class ZeroOrderFunction(Generic[P]):
         return ZeroOrderFunction(copy.deepcopy(self.fn, memo), options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        module, name = getattr(self.fn, "__module__", None), getattr(self.fn, "__qualname__", None)
-        found = _look_up(module, name)
+        if inspect.ismethod(self.fn):
+            return _decorated_again, (getattr, (self.fn.__self__, self.fn.__name__), self.options)
+        place = getattr(self.fn, "__module__", None), getattr(self.fn, "__qualname__", None)
+        found = _look_up(*place)
         if found is self:
-            return _look_up, (module, name)
-        if "<" in (name or ""):
+            return _look_up, place
+        if isinstance(found, ZeroOrderFunction) and found.fn is self.fn:
+            return _decorated_again, (_look_up, place, self.options)
+        if "<" in (place[1] or ""):
             raise pickle.PicklingError(
                 f"{self._typed} cannot be pickled: lambdas and functions defined inside functions have no name that "
-                "another "
-                "process could import. Define it at the top of a module, and pass what it closes over as arguments."
+                "another process could import. Define it at the top of a module, and pass what it closes over as "
+                "arguments."
             )
         return ZeroOrderFunction, (self.fn, self.options)
 
@@ -194,7 +200,8 @@ class ZeroOrderFunction(Generic[P]):
 
 
 def _outside_the_graph(function: ZeroOrderFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    return function(*args, **kwargs)
+    out: torch.Tensor = torch.compiler.disable(function.__call__)(*args, **kwargs)  # type: ignore[no-untyped-call]
+    return out
 
 
 # Under torch.compile the graph breaks here, since it cannot hold generators and user code. This mark is what
@@ -209,6 +216,11 @@ def _look_up(module: str | None, name: str | None) -> Any:
     for part in name.split("."):
         found = getattr(found, part, None)
     return found
+
+
+def _decorated_again(find: Callable[..., Any], where: tuple[Any, ...], options: Options) -> ZeroOrderFunction[Any]:
+    found = find(*where)
+    return ZeroOrderFunction(found.fn if isinstance(found, ZeroOrderFunction) else found, options)
 
 
 def _any_tensor(out: Any, name: str) -> torch.Tensor:
@@ -339,19 +351,19 @@ def zero_order(
         seed=seed,
     )
 
-    def decorate(fn: Callable[P, Any]) -> ZeroOrderFunction[P]:
+    def decorate(fn: Callable[P, Any], *args: Any, **kwargs: Any) -> ZeroOrderFunction[P]:
+        if args or kwargs or isinstance(fn, torch.Tensor):
+            name = function_name(distribution)
+            raise TypeError(
+                f"`zero_order` was given {name} as its distribution: write `@zero_order()` above the function."
+            )
         if isinstance(fn, torch.nn.Module):
             raise TypeError(
                 f"`zero_order` decorates functions, got the module {type(fn).__name__}: use "
-                "`zograd.nn.ZeroOrder(module, ...)`, "
-                "which differentiates its parameters."
+                "`zograd.nn.ZeroOrder(module, ...)`, which differentiates its parameters."
             )
         if not callable(fn):
-            raise TypeError(
-                f"`zero_order(...)` must decorate a callable, got {type(fn).__name__} {fn!r:.80}. (Without settings, "
-                "too, it "
-                "is called first: `@zero_order()`.)"
-            )
+            raise TypeError(f"`zero_order(...)` must decorate a callable, got {type(fn).__name__} {fn!r:.80}.")
         if isinstance(fn, ZeroOrderFunction):
             raise TypeError(f"{function_name(fn.fn)} is decorated already: use `.replace(...)` to change its options.")
         return ZeroOrderFunction(fn, options)

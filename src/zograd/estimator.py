@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from zograd._random import FnStream
 from zograd.errors import NonFiniteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from zograd._objective import Objective
     from zograd._tree import Leaves, Space
@@ -70,12 +71,14 @@ class Contraction:
         self._space = directions.space
         self._done = 0  # directions summed
         self._waiting: torch.Tensor | None = None  # coefficients of a block that is not whole yet
-        self._sum = torch.zeros(self._space.size, dtype=self._space.dtype, device=self._space.device)
+        self._sum: torch.Tensor | None = None
 
     def add(self, coefficients: torch.Tensor) -> None:
         """Take the coefficients of the next directions, one for each slice, and sum every block that is whole now."""
         c = coefficients.reshape(-1, self._space.slices).to(device=self._space.device, dtype=self._space.dtype)
         self._waiting = c if self._waiting is None else torch.cat([self._waiting, c])
+        if self._sum is None:
+            self._sum = c.new_zeros(self._space.size)  # of the coefficients' kind: backward may be vmapped
         with full_precision(self._space.device):
             while self._waiting is not None and self._done < len(self._directions):
                 rows = min(self._directions.block, len(self._directions) - self._done)
@@ -87,6 +90,7 @@ class Contraction:
 
     def result(self) -> torch.Tensor:
         """The flat gradient, of shape (size,) in the compute dtype."""
+        assert self._sum is not None
         divisor = len(self._directions) / self._directions.distribution.scale(self._space)
         if len(set(self._sigma)) == 1:
             return self._sum.div_(divisor * self._sigma[0])
@@ -236,8 +240,10 @@ def estimate(
 def _run(objective: Objective, recipe: Recipe, points: Points) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The coefficients and, for an objective of one value a slice, the flat gradient."""
     scheme, space = recipe.scheme, points.directions.space
-    with contextlib.closing(recipe.evaluator(objective, points)) as pieces:  # type: ignore[type-var]
-        center = next(pieces)
+    with _closing(recipe.evaluator(objective, points)) as pieces:
+        center = next(pieces, None)
+        if center is None:
+            raise ValueError("the evaluator must yield the center's value first, got nothing.")
         _check_center(center, space, recipe, objective.name)
         contraction = Contraction(points.directions, recipe.sigma) if center.numel() == space.slices else None
         kept: list[torch.Tensor] = []
@@ -253,7 +259,25 @@ def _run(objective: Objective, recipe: Recipe, points: Points) -> tuple[torch.Te
         coefficients = _shaped(coefficients, center, recipe)
         if contraction is not None:
             contraction.add(coefficients)
-    return coefficients, None if contraction is None else contraction.result()
+    if contraction is None:
+        return coefficients, None
+    flat = contraction.result()
+    if not _all_finite(flat):
+        raise NonFiniteError(
+            f"the gradient is not finite although the values are: their size, or 1/sigma, overflows {space.dtype} "
+            f"(sigma is {min(recipe.sigma):g}). Scale the values down, or pass float64 tensors."
+        )
+    return coefficients, flat
+
+
+@contextlib.contextmanager
+def _closing(pieces: Iterator[torch.Tensor]) -> Generator[Iterator[torch.Tensor]]:
+    """Let an evaluator that is a generator clean up now, not when it is collected."""
+    try:
+        yield pieces
+    finally:
+        if isinstance(pieces, Generator):
+            pieces.close()
 
 
 def _whole(pieces: Iterator[torch.Tensor], points: Points, center: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -280,6 +304,8 @@ def _shaped(values: torch.Tensor, center: torch.Tensor, recipe: Recipe) -> torch
         raise ValueError(
             f"`zero_order(shaping=...)` must keep the shape of the values, {tuple(values.shape)}, got {got}."
         )
+    if not _all_finite(shaped):
+        raise NonFiniteError(f"`zero_order(shaping=...)` made non-finite values of finite ones: {recipe.shaping}.")
     return recipe.scheme.combine(shaped.to(values), torch.zeros_like(center))
 
 
@@ -297,8 +323,7 @@ def _check_center(center: torch.Tensor, space: Space, recipe: Recipe, name: str)
     if space.batch_dim is not None and (len(shape) <= space.batch_dim or shape[space.batch_dim] != space.slices):
         raise ValueError(
             f"`zero_order(batch_dim={space.batch_dim})`: {name} must return one entry a slice, {space.slices} along "
-            "dimension "
-            f"{space.batch_dim}, got the shape {shape}."
+            f"dimension {space.batch_dim}, got the shape {shape}."
         )
     if not _all_finite(center):
         bad = int((~torch.isfinite(center)).sum())
@@ -316,9 +341,8 @@ def _check_finite(values: torch.Tensor, lo: int, hi: int, sides: tuple[float, ..
     where = [f"{lo + i} (offset {sides[j]:+g})" for i, j in points.nonzero()[:_NAMED].tolist()]
     count = int(points.sum())
     raise NonFiniteError(
-        f"{name} returned non-finite values at {count} of the {points.numel()} points of directions {lo} to {hi - 1}: "
-        "at "
+        f"{name} returned non-finite values at {count} of {points.numel()} points, those of directions {lo} to "
+        f"{hi - 1}: at "
         f"direction {', '.join(where)}{', ...' if count > _NAMED else ''}. A gradient from them would be wrong; "
-        "return a "
-        "finite penalty instead."
+        "return a finite penalty instead, of the size of the other values."
     )

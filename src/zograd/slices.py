@@ -117,7 +117,6 @@ def _values(fn: Callable[..., Any], call: Arguments, index: torch.Tensor, batch_
     if values.dim() <= batch_dim or values.shape[batch_dim] != len(index):
         raise ValueError(
             f"{function_name(fn)} must return one entry a slice, {len(index)} along dimension {batch_dim}, got the "
-            "shape "
-            f"{tuple(values.shape)}."
+            f"shape {tuple(values.shape)}."
         )
     return values

@@ -10,6 +10,7 @@ import torch
 from zograd._random import Purpose, TorchStream, key
 from zograd.distributions.base import Dense, Distribution, Noise
 from zograd.distributions.gaussian import Gaussian
+from zograd.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from zograd._tree import Space
@@ -57,6 +58,8 @@ class Sampled(Dense):
             for row in noise[0].unbind(0):
                 for leaf in space.split(row):
                     leaf.copy_(self._checked(leaf.shape))
+        if not torch.isfinite(noise[0]).all():
+            raise NonFiniteError(f"`{self._call}(distribution=...)`: its sample gave values that are not finite.")
 
     def replayable(self, space: Space) -> bool:
         """Draw some rows twice under one key and compare; once for each distribution."""
@@ -113,7 +116,7 @@ def adapt(distribution: Any, call: str) -> Distribution:
     if isinstance(distribution, Distribution):
         return distribution
     if isinstance(distribution, type):
-        raise TypeError(f"{typed} must be an instance, got the class {distribution.__name__}: add `()`.")
+        raise TypeError(f"{typed} must be an instance, got the class {distribution.__name__}: call it first.")
     if isinstance(distribution, torch.distributions.Distribution):
         _check_moments(distribution, typed)
         if isinstance(distribution, torch.distributions.Normal):
@@ -125,8 +128,7 @@ def adapt(distribution: Any, call: str) -> Distribution:
         return Sampled(distribution, by_keyword=False, call=call)
     raise TypeError(
         f"{typed} must be a zograd or torch distribution, an object with `sample(sample_shape=...)` or a function of "
-        "the "
-        f"shape, got {type(distribution).__name__} {distribution!r:.80}."
+        f"the shape, got {type(distribution).__name__} {distribution!r:.80}."
     )
 
 
@@ -140,8 +142,7 @@ def _check_moments(distribution: torch.distributions.Distribution, typed: str) -
     if not (abs(mean) < 1e-6 and abs(variance - 1) < 1e-6):
         raise ValueError(
             f"{typed} must have mean 0 and variance 1, got {mean:g} and {variance:g} of {distribution}: the gradient "
-            "would "
-            "be scaled by the variance. Use `torch.distributions.Normal(0, 1)` and set the width with `sigma=`."
+            "would be scaled by the variance. Use `torch.distributions.Normal(0, 1)` and set the width with `sigma=`."
         )
 
 

@@ -127,8 +127,8 @@ class Dense(Distribution):
 
     def dot(self, space: Space, noise: Noise, vector: torch.Tensor) -> torch.Tensor:
         """The product of the noise matrix with the vector, slice by slice."""
-        rows = noise[0].view(-1, space.slices, space.dim)
-        return torch.einsum("rsd,sd->rs", rows, vector.view(space.slices, space.dim))
+        by_slice = noise[0].view(-1, space.slices, space.dim).transpose(0, 1)
+        return torch.matmul(by_slice, vector.view(space.slices, space.dim, 1)).squeeze(2).t()
 
 
 def _shift(leaf: torch.Tensor, eps: torch.Tensor, scale: float) -> torch.Tensor:

@@ -62,8 +62,7 @@ class Vmap(Evaluator):
                 raise
             raise RuntimeError(
                 f'{fn.name} cannot be vectorized by `evaluator="vmap"`: use `evaluator="loop"`, which calls it point '
-                "by "
-                f"point. torch said: {error}"
+                f"by point. torch said: {error}"
             ) from error
 
 
