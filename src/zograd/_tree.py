@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -181,9 +182,8 @@ class Space:
     @classmethod
     def of(cls, params: Leaves, batch_dim: int | None = None) -> Space:
         """The layout of some leaves, all on one device."""
-        slices = 1 if batch_dim is None else params[0].shape[batch_dim]
         shapes = tuple(p.shape for p in params)
-        return cls(shapes, tuple(p.dtype for p in params), params[0].device, batch_dim, slices)
+        return _space(shapes, tuple(p.dtype for p in params), params[0].device, batch_dim)
 
     @property
     def size(self) -> int:
@@ -218,3 +218,10 @@ class Space:
     def cast(self, leaves: Leaves) -> Leaves:
         """Leaves in their own dtypes."""
         return tuple(leaf.to(dtype) for leaf, dtype in zip(leaves, self.dtypes, strict=True))
+
+
+@functools.lru_cache(maxsize=256)
+def _space(
+    shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], device: torch.device, batch_dim: int | None
+) -> Space:
+    return Space(shapes, dtypes, device, batch_dim, 1 if batch_dim is None else shapes[0][batch_dim])

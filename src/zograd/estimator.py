@@ -250,8 +250,10 @@ def _run(objective: Objective, recipe: Recipe, points: Points) -> tuple[torch.Te
         hi = 0
         for values in _whole(pieces, points, center):
             lo, hi = hi, hi + len(values)
-            _check_finite(values, lo, hi, points.sides, objective.name)
-            kept.append(values if recipe.shaping else scheme.combine(values, center))
+            coefficients = scheme.combine(values, center)
+            if not _all_finite(coefficients):  # a value that is not finite makes its coefficient so
+                raise _not_finite(values, lo, points.sides, objective.name)
+            kept.append(values if recipe.shaping else coefficients)
             if contraction is not None and not recipe.shaping:
                 contraction.add(kept[-1])
     coefficients = kept[0] if len(kept) == 1 else torch.cat(kept)
@@ -311,7 +313,8 @@ def _shaped(values: torch.Tensor, center: torch.Tensor, recipe: Recipe) -> torch
 
 def _all_finite(values: torch.Tensor) -> bool:
     # A sum is one operation where isfinite and all are two; only if it overflows is it not the answer.
-    return math.isfinite(values.sum()) or bool(torch.isfinite(values).all())
+    total = values if values.dim() == 0 else values.sum()
+    return math.isfinite(total) or bool(torch.isfinite(values).all())
 
 
 def _check_center(center: torch.Tensor, space: Space, recipe: Recipe, name: str) -> None:
@@ -333,14 +336,11 @@ def _check_center(center: torch.Tensor, space: Space, recipe: Recipe, name: str)
         )
 
 
-def _check_finite(values: torch.Tensor, lo: int, hi: int, sides: tuple[float, ...], name: str) -> None:
-    if _all_finite(values):
-        return
-    finite = torch.isfinite(values)
-    points = (~finite).flatten(2).any(dim=2) if finite.dim() > 2 else ~finite
+def _not_finite(values: torch.Tensor, lo: int, sides: tuple[float, ...], name: str) -> NonFiniteError:
+    points = (~torch.isfinite(values)).flatten(2).any(dim=2) if values.dim() > 2 else ~torch.isfinite(values)
     where = [f"{lo + i} (offset {sides[j]:+g})" for i, j in points.nonzero()[:_NAMED].tolist()]
-    count = int(points.sum())
-    raise NonFiniteError(
+    count, hi = int(points.sum()), lo + len(values)
+    return NonFiniteError(
         f"{name} returned non-finite values at {count} of {points.numel()} points, those of directions {lo} to "
         f"{hi - 1}: at "
         f"direction {', '.join(where)}{', ...' if count > _NAMED else ''}. A gradient from them would be wrong; "
