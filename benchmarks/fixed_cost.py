@@ -1,7 +1,7 @@
 """What one estimate costs at its smallest: one antithetic direction on ten parameters, with its gradient.
 
-Beside it, in the same rounds: the three evaluations alone, and an autograd Function of the same two outputs that computes
-nothing, forward and backward, which is torch's own share.
+Beside it, in the same rounds: the three evaluations alone, and an autograd Function of the same two outputs that
+computes nothing, forward and backward, which is torch's own share.
 """
 
 import argparse
@@ -46,12 +46,13 @@ def main():
     torch.set_num_threads(1)
     x, plain = torch.randn(10, requires_grad=True), torch.randn(10)
     estimate = zograd.zero_order(method="antithetic", num_samples=1)(fn)
+    no_grad = torch.no_grad()
     systems = {
         "estimate and its gradient": lambda: estimate(x).backward(),
         "three evaluations": lambda: (fn(plain), fn(plain), fn(plain)),
         "empty Function and its gradient": lambda: Empty.apply(x)[0].backward(),
-        "decorated call under no_grad": lambda: estimate(plain),
-        "bare call": lambda: fn(plain),
+        "decorated call under no_grad": no_grad(lambda: estimate(plain)),
+        "bare call under no_grad": no_grad(lambda: fn(plain)),
     }
     times = {name: [] for name in systems}
     for _ in range(options.rounds):

@@ -1,8 +1,8 @@
 """Plant estimator bugs one at a time and see the test suite kill each; run by ``make mutants``.
 
-Every bug here has been shipped by some library. A mutant is a piece of source text and what replaces it, in a copy of the
-package that the tests import instead of the real one. It is killed if a test fails; a mutant that does not apply, or a
-suite that cannot even be collected, is an error and not a kill.
+Every bug here is of a kind that a library has shipped. A mutant is a piece of source text and what replaces it, in a
+copy of the package that the tests import instead of the real one. It is killed if a test fails; a mutant that does not
+apply, or a suite that cannot even be collected, is an error and not a kill.
 """
 
 from __future__ import annotations
@@ -30,6 +30,20 @@ class Mutant:
     new: str
     tests: tuple[str, ...]
 
+    def planted(self) -> str:
+        """The file's text with the bug in it.
+
+        Returns:
+            The text.
+
+        Raises:
+            RuntimeError: if the bug's place is not there exactly once.
+        """
+        text = (ROOT / "src" / "zograd" / self.file).read_text()
+        if text.count(self.old) != 1:
+            raise RuntimeError(f"{self.name}: its text stands {text.count(self.old)} times in {self.file}")
+        return text.replace(self.old, self.new)
+
 
 EXACT, STATISTICS, BITS = "test_estimator_exact.py", "test_estimator_statistics.py", "test_same_bits.py"
 
@@ -44,8 +58,8 @@ MUTANTS = [
     Mutant(
         "baseline overwritten in the loop",
         "estimator.py",
-        "scheme.combine(values, center))",
-        "scheme.combine(values, torch.cat([center[None], values[:-1, -1]]) if scheme.uses_center else center))",
+        "coefficients = scheme.combine(values, center)",
+        "coefficients = scheme.combine(values, torch.cat([center[None], values[:-1, -1]]))",
         (STATISTICS, EXACT),
     ),
     Mutant(
@@ -96,8 +110,8 @@ MUTANTS = [
     Mutant(
         "frozen leaf perturbed",
         "decorator.py",
-        "chosen = tuple(i for i in arguments.chosen if arguments.leaves[i].requires_grad)",
-        "chosen = arguments.chosen if any(p.requires_grad for p in arguments.params()) else ()",
+        "chosen = tuple(i for i in arguments.chosen if is_tracked(arguments.leaves[i]))",
+        "chosen = arguments.chosen if any(map(is_tracked, arguments.params())) else ()",
         ("test_autograd.py",),
     ),
     Mutant(
@@ -149,14 +163,10 @@ def killed(mutant: Mutant, folder: Path) -> bool:
         True if a test failed.
 
     Raises:
-        RuntimeError: if the bug's place is not there exactly once, or the tests could not run.
+        RuntimeError: if the tests could not run.
     """
     shutil.copytree(ROOT / "src" / "zograd", folder / "zograd")
-    source = folder / "zograd" / mutant.file
-    text = source.read_text()
-    if text.count(mutant.old) != 1:
-        raise RuntimeError(f"{mutant.name}: its text stands {text.count(mutant.old)} times in {mutant.file}")
-    source.write_text(text.replace(mutant.old, mutant.new))
+    (folder / "zograd" / mutant.file).write_text(mutant.planted())
     tests = [str(ROOT / "tests" / name) for name in mutant.tests]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests],
@@ -181,6 +191,8 @@ def main() -> int:
         0 if all were killed.
     """
     chosen = [m for m in MUTANTS if not sys.argv[1:] or any(word in m.name for word in sys.argv[1:])]
+    for mutant in chosen:
+        mutant.planted()  # so that one whose place has moved is noticed at once
     count = 0
     for mutant in chosen:
         with tempfile.TemporaryDirectory() as folder:
