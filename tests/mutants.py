@@ -138,8 +138,8 @@ MUTANTS = [
     Mutant(
         "block order",
         "estimator.py",
-        "                if len(self._waiting) < rows:\n                    return\n",
-        "                rows = min(rows, len(self._waiting))\n",
+        "and rows <= len(c):",
+        "and (rows := min(rows, len(c))):",
         (BITS,),
     ),
     Mutant(

@@ -158,6 +158,8 @@ def _pull_back(plan: Plan, space: Space, payload: tuple[torch.Tensor, ...], cota
     payload = _fenced(payload)
     if len(payload) > 1:
         return _apply(_Contract, plan, space, payload[1], payload[0], cotangent)
+    if cotangent.dim() == 0:
+        return payload[0] * cotangent
     weights = by_slice(cotangent.to(space.dtype), space, 0)
     return (payload[0].view(space.slices, space.dim) * weights).view(-1)
 

@@ -63,8 +63,8 @@ class Directions:
             return self._noise
         return tuple(part[lo - start : hi - start] for part in self._noise)
 
-    def add_sum(self, lo: int, c: torch.Tensor, out: torch.Tensor) -> None:
-        """``out += sum_i c_i eps_i`` over the block that begins at ``lo``; ``c`` is (rows, slices)."""
+    def add_sum(self, lo: int, c: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """``out + sum_i c_i eps_i`` over the block that begins at ``lo``; ``c`` is (rows, slices)."""
         hi = lo + len(c)
         if self._span.start <= lo and hi <= self._span.stop:
             noise = self.noise(lo, hi)
@@ -72,7 +72,7 @@ class Directions:
             # Elsewhere: an evaluator that is ahead of the sum may still be using what it was given.
             noise = self._scratch = self._room(self._scratch, hi - lo)
             self._draw(lo // self.block, noise)
-        self.distribution.add_sum(self.space, noise, c, out)
+        return self.distribution.add_sum(self.space, noise, c, out)
 
     def _room(self, noise: Noise, rows: int) -> Noise:
         return noise if noise and len(noise[0]) == rows else self.distribution.empty(self.space, rows)

@@ -123,16 +123,18 @@ class _Ownership:
         self._thread: int | None = None
         self._depth = 0
         self._state = torch.empty(0)  # of the global stream as all others should find it
+        self._room = torch.empty((), dtype=torch.int64)
 
-    def acquire(self) -> bool:
+    def acquire(self) -> int:
+        """How deep in its estimates this thread now is, the outermost being 1; 0 if another thread is the owner."""
         with self._lock:
             if self._depth and self._thread != threading.get_ident():
-                return False
+                return 0
             if not self._depth:
                 self._state = torch.default_generator.get_state()
             self._thread = threading.get_ident()
             self._depth += 1
-            return True
+            return self._depth
 
     def release(self) -> None:
         with self._lock:
@@ -144,7 +146,7 @@ class _Ownership:
         """One draw from the global stream, past the owner if that is another thread."""
         with self._lock:
             if not self._depth or self._thread == threading.get_ident():
-                return _draw(torch.default_generator)
+                return int(self._room.random_(generator=torch.default_generator))
             beside = torch.Generator()
             beside.set_state(self._state)
             drawn = _draw(beside)
@@ -215,19 +217,21 @@ class TorchStream:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._generators: list[torch.Generator] = []
-        self._states: list[torch.Tensor] = []
+        self._states: list[tuple[torch.Generator, torch.Tensor]] = []
         self._leave: list[Callable[..., Any]] = []
 
     def __enter__(self) -> TorchStream:
         draws = getattr(_thread, "draws", None)
+        depth = 0 if draws is not None else _ownership.acquire()
         if draws is not None:
             self._generators = list(draws.generators.values())
-        elif _ownership.acquire():
+        elif depth:
             self._leave = [_ownership.release]
             self._generators = _default_generators(self._device)
         else:
             self._begin_local_draws()
-        self._states = [g.get_state() for g in self._generators]
+        restored = self._generators[1:] if depth == 1 else self._generators  # the owner gives back the CPU's itself
+        self._states = [(g, g.get_state()) for g in restored]
         return self
 
     def _begin_local_draws(self) -> None:
@@ -248,7 +252,7 @@ class TorchStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            for generator, state in zip(self._generators, self._states, strict=True):
+            for generator, state in self._states:
                 generator.set_state(state)
         finally:
             for leave in self._leave:

@@ -351,8 +351,9 @@ def zero_order(
         seed=seed,
     )
 
-    def decorate(fn: Callable[P, Any], *args: Any, **kwargs: Any) -> ZeroOrderFunction[P]:
-        if args or kwargs or isinstance(fn, torch.Tensor):
+    def decorate(fn: Callable[P, Any], /, *args: Any, **kwargs: Any) -> ZeroOrderFunction[P]:
+        bare = callable(distribution) and not hasattr(distribution, "sample")
+        if bare and (args or kwargs or isinstance(fn, torch.Tensor)):
             name = function_name(distribution)
             raise TypeError(
                 f"`zero_order` was given {name} as its distribution: write `@zero_order()` above the function."

@@ -75,18 +75,16 @@ class Contraction:
 
     def add(self, coefficients: torch.Tensor) -> None:
         """Take the coefficients of the next directions, one for each slice, and sum every block that is whole now."""
-        c = coefficients.reshape(-1, self._space.slices).to(device=self._space.device, dtype=self._space.dtype)
-        self._waiting = c if self._waiting is None else torch.cat([self._waiting, c])
-        if self._sum is None:
-            self._sum = c.new_zeros(self._space.size)  # of the coefficients' kind: backward may be vmapped
-        with full_precision(self._space.device):
-            while self._waiting is not None and self._done < len(self._directions):
-                rows = min(self._directions.block, len(self._directions) - self._done)
-                if len(self._waiting) < rows:
-                    return
-                self._directions.add_sum(self._done, self._waiting[:rows], self._sum)
-                self._waiting = self._waiting[rows:] if len(self._waiting) > rows else None
+        d, space = self._directions, self._space
+        c = coefficients.reshape(-1, space.slices).to(device=space.device, dtype=space.dtype)
+        if self._waiting is not None:
+            c = torch.cat([self._waiting, c])
+        with full_precision(space.device):
+            while (rows := min(d.block, d.num - self._done)) and rows <= len(c):
+                self._sum = d.add_sum(self._done, c if rows == len(c) else c[:rows], self._sum)
                 self._done += rows
+                c = c[rows:]
+        self._waiting = c if len(c) else None
 
     def result(self) -> torch.Tensor:
         """The flat gradient, of shape (size,) in the compute dtype."""

@@ -58,8 +58,10 @@ class Sampled(Dense):
             for row in noise[0].unbind(0):
                 for leaf in space.split(row):
                     leaf.copy_(self._checked(leaf.shape))
-        if not torch.isfinite(noise[0]).all():
-            raise NonFiniteError(f"`{self._call}(distribution=...)`: its sample gave values that are not finite.")
+        finite = torch.isfinite(noise[0])
+        if not finite.all():
+            bad = noise[0][~finite][0].item()
+            raise NonFiniteError(f"`{self._call}(distribution=...)`: its sample must be finite, got {bad}.")
 
     def replayable(self, space: Space) -> bool:
         """Draw some rows twice under one key and compare; once for each distribution."""

@@ -62,8 +62,8 @@ class Distribution(ABC):
         """The point ``params + scale * eps``, ``scale`` by leaf; a row axis of ``parts`` is kept in front."""
 
     @abstractmethod
-    def add_sum(self, space: Space, noise: Noise, c: torch.Tensor, out: torch.Tensor) -> None:
-        """``out += sum_i c_i eps_i``, with ``c`` of shape (rows, slices) and ``out`` of shape (size,)."""
+    def add_sum(self, space: Space, noise: Noise, c: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """``out + sum_i c_i eps_i``, in place if there is an ``out``; ``c`` is (rows, slices), ``out`` (size,)."""
 
     @abstractmethod
     def dot(self, space: Space, noise: Noise, vector: torch.Tensor) -> torch.Tensor:
@@ -113,17 +113,18 @@ class Dense(Distribution):
         """Each leaf moved in the compute dtype and rounded once."""
         return tuple(map(_shift, params, parts, scale))
 
-    def add_sum(self, space: Space, noise: Noise, c: torch.Tensor, out: torch.Tensor) -> None:
+    def add_sum(self, space: Space, noise: Noise, c: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """One matrix-vector product a block."""
         rows = noise[0]
-        if space.slices > 1:
-            by_slice = rows.view(-1, space.slices, space.dim).transpose(0, 1)
-            out.view(space.slices, 1, space.dim).add_(torch.bmm(c.t().unsqueeze(1), by_slice))
-        elif len(rows) == 1:
-            out.addcmul_(rows[0], c[0, 0])
+        if space.slices == 1 and len(rows) == 1 and out is not None:
+            return out.addcmul_(rows[0], c[0, 0])  # without a third vector of the parameters' size
+        if space.slices == 1:
+            block = torch.mv(rows.t(), c[:, 0])
         else:
-            # Not addmv: its bits depend on what was summed before.
-            out.add_(torch.mv(rows.t(), c[:, 0]))
+            by_slice = rows.view(-1, space.slices, space.dim).transpose(0, 1)
+            block = torch.bmm(c.t().unsqueeze(1), by_slice).view(-1)
+        # Not addmv: its bits depend on what was summed before.
+        return block if out is None else out.add_(block)
 
     def dot(self, space: Space, noise: Noise, vector: torch.Tensor) -> torch.Tensor:
         """The product of the noise matrix with the vector, slice by slice."""
