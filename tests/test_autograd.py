@@ -295,6 +295,7 @@ def test_an_inner_training_loop_counts_every_call(fn, factor):
     assert calls.count == 2 * ROWS + 1
 
 
+@pytest.mark.filterwarnings("ignore:.*outside its differentiated arguments:zograd.ZeroOrderWarning")
 def test_gradients_of_another_argument_do_not_pile_up_over_evaluations():
     def fn(x, w):
         ((x * w).sum() ** 2 / 2).backward()
@@ -310,6 +311,7 @@ def test_gradients_of_another_argument_do_not_pile_up_over_evaluations():
     assert w.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:.*outside its differentiated arguments:zograd.ZeroOrderWarning")
 def test_an_inner_training_loop_on_another_argument():
     def fn(x, w):
         (g,) = torch.autograd.grad(((w - x) ** 2).sum(), w)
@@ -493,6 +495,7 @@ def test_a_gradient_flows_on_to_what_the_argument_was_made_of():
     close(w.grad, 4 * quadratic(at) * gradient(at))
 
 
+@pytest.mark.filterwarnings("ignore:.*outside its differentiated arguments:zograd.ZeroOrderWarning")
 def test_other_arguments_get_no_gradient():
     x, w, closed = leaf(), leaf(B), leaf(B)
     f = zero_order(**EXACT)(lambda x, w, scale: (x * w * closed).sum() * scale)
@@ -967,6 +970,7 @@ def test_the_order_of_a_dict_is_kept(make):
     close(tree["a"].grad, torch.zeros(1))
 
 
+@pytest.mark.filterwarnings("ignore:.*outside its differentiated arguments:zograd.ZeroOrderWarning")
 @pytest.mark.parametrize("evaluator", ["loop", "vmap"])
 def test_several_argnums_positional_and_by_keyword(evaluator):
     def fn(x, data, y, *, scale=1.0):
@@ -1066,3 +1070,45 @@ def test_the_value_is_a_copy_of_its_own():
 
 def test_public_errors_are_exported():
     assert issubclass(zograd.SecondDerivativeError, NotImplementedError)
+
+
+def test_a_lost_gradient_is_warned_of():
+    f = zero_order(num_samples=2)(lambda x, w: (x * w).sum())
+    with pytest.warns(zograd.ZeroOrderWarning, match=r"shape \(3,\) that requires grad outside its differentiated"):
+        f(leaf(), torch.ones(3, requires_grad=True))
+
+
+def test_an_inner_loop_is_not_hidden_by_the_users_except():
+    @zero_order(method="antithetic", num_samples=400, sigma=0.1, seed=0)
+    def f(x):
+        try:
+            (g,) = torch.autograd.grad((x**2).sum(), x)
+            return g.sum()
+        except Exception:
+            return 7.0
+
+    x = leaf()
+    value = f(x)
+    assert value.item() == 2 * X.sum().item()
+    value.backward()
+    torch.testing.assert_close(x.grad, torch.full((3,), 2.0), rtol=0, atol=0.6)
+
+
+def test_a_float_at_the_center_is_as_exact_as_at_the_points():
+    @zero_order(method="forward", num_samples=2000, sigma=1e-4, seed=0)
+    def f(x):
+        return 1e5 + float(3 * x.double().sum())
+
+    gradient = f.estimate(torch.zeros(2, dtype=torch.float64)).grad
+    torch.testing.assert_close(gradient, torch.full((2,), 3.0, dtype=torch.float64), rtol=0, atol=0.5)
+
+
+def test_an_inner_loop_runs_in_a_plain_call_without_grad_mode():
+    def f(x):
+        (g,) = torch.autograd.grad((x**2).sum(), x)
+        return g.sum()
+
+    with torch.no_grad():
+        value = zero_order()(f)(leaf())
+    assert value.item() == 2 * X.sum().item()
+    assert not value.requires_grad

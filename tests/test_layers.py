@@ -25,8 +25,8 @@ LEVELS = [
     ("L4.1", ["evaluators.loop", "evaluators.vmap", "evaluators.batched"]),
     ("L4.2", ["evaluators"]),
     ("L5", ["estimator"]),
-    ("L6", ["_autograd", "_options", "slices"]),
-    ("L7", ["decorator"]),
+    ("L6", ["_autograd", "_options"]),
+    ("L7", ["decorator", "slices"]),
     ("L8", ["nn"]),
     ("L9.0", [""]),  # zograd itself
     ("L9.1", ["compat"]),

@@ -1,5 +1,6 @@
 """ZeroOrderGradientModule and ZeroOrder: each clause of their contract."""
 
+import collections
 import copy
 import threading
 
@@ -482,3 +483,80 @@ def test_sampling_by_numpy_still_gives_the_right_gradient():
 
 def test_the_package_exports_the_module():
     assert zograd.nn.ZeroOrderGradientModule is ZeroOrderGradientModule
+
+
+class Tracing(Normal, **EXACT):
+    """What forward leaves behind in all kinds of containers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 1)
+        self.log, self.active, self.counts = [], None, collections.Counter()
+        self.a.shared = self.shared = {}
+
+    def forward(self, x):
+        if self.active is None:
+            self.active = [self.a]
+        self.shared["h"] = self.active[0](x)
+        self.log.append(("call", [len(self.log)]))
+        self.counts["calls"] += 1
+        return self.b(self.a.shared["h"]).sum()
+
+
+def test_containers_are_shared_as_in_the_module_and_left_as_by_one_call():
+    net, x = Tracing(), torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    for call in range(3):
+        net.zero_grad()
+        net(x).backward()
+        grads = {name: p.grad for name, p in net.named_parameters()}
+        assert cosine(grads, true_grads(net, x)) > CLOSE
+        assert net.log == [("call", [k]) for k in range(call + 1)]
+        assert net.counts == {"calls": call + 1}
+    assert net.active == [net.a]
+    assert net.a.shared is net.shared
+
+
+def test_parameters_registered_in_forward_are_an_error():
+    class Lazy(Normal):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2))
+
+        def forward(self):
+            if not hasattr(self, "late"):
+                self.late = nn.Parameter(torch.ones(1))
+            return self.w.sum() * self.late.sum()
+
+    with pytest.raises(RuntimeError, match=r"`Lazy\.forward` registered or removed a parameter or submodule"):
+        Lazy()()
+
+
+def test_replaced_parameters_are_still_parameters_to_isinstance():
+    class Asks(Normal, **EXACT):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2))
+
+        def forward(self):
+            return self.w.sum() * (1.0 if isinstance(self.w, nn.Parameter) else 100.0)
+
+    net = Asks()
+    net().backward()
+    torch.testing.assert_close(net.w.grad, torch.ones(2), rtol=0, atol=0.3)
+
+
+def test_what_replicas_cannot_follow_is_an_error():
+    class View(Normal, num_samples=2):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(2, 2))
+            self.transposed = self.w.t()
+
+        def forward(self):
+            return self.transposed.sum()
+
+    with pytest.raises(RuntimeError, match=r"`View` reaches its parameter 'w'"):
+        View()()
+    with parametrize.cached(), pytest.raises(RuntimeError, match=r"inside `parametrize\.cached\(\)`"):
+        Linear()(torch.ones(1, 3))

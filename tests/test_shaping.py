@@ -24,8 +24,8 @@ def test_leave_one_out_is_the_mean_baseline_without_its_shrinkage():
 def test_leave_one_out_needs_two_directions():
     with pytest.raises(ValueError, match="`num_samples` must be >= 2, got 1"):
         leave_one_out(torch.ones(1, 1))
-    with pytest.raises(ValueError, match="`num_samples` must be >= 2, got 1"):
-        zero_order(num_samples=1, shaping=leave_one_out)(lambda x: x.sum()).estimate(torch.ones(2))
+    with pytest.raises(ValueError, match="`num_samples` must be at least 2"):
+        zero_order(num_samples=1, shaping=leave_one_out)
 
 
 def options(**changes):

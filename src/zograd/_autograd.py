@@ -20,7 +20,7 @@ from zograd._objective import Habits, Objective
 from zograd._random import draw_seed
 from zograd._tree import Arguments, Leaves, Space
 from zograd.errors import SecondDerivativeError
-from zograd.estimator import Estimate, Recipe, by_slice, contract, estimate, full_precision, weigh
+from zograd.estimator import Estimate, Recipe, by_slice, check_gradient, contract, estimate, full_precision, weigh
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -160,7 +160,7 @@ def _pull_back(plan: Plan, space: Space, payload: tuple[torch.Tensor, ...], cota
         return _apply(_Contract, plan, space, payload[1], payload[0], cotangent)
     if cotangent.dim() == 0:
         return payload[0] * cotangent
-    weights = by_slice(cotangent.to(space.dtype), space, 0)
+    weights = by_slice(cotangent.to(payload[0]), space, 0)
     return (payload[0].view(space.slices, space.dim) * weights).view(-1)
 
 
@@ -224,7 +224,11 @@ class _Contract(torch.autograd.Function):
         plan: Plan, space: Space, seed: torch.Tensor, coefficients: torch.Tensor, cotangent: torch.Tensor
     ) -> torch.Tensor:
         directions = plan.directions(space, int(seed))
-        return contract(directions, plan.recipe.sigma, weigh(coefficients, cotangent, space))
+        flat = contract(directions, plan.recipe.sigma, weigh(coefficients, cotangent, space))
+        # Under is_grads_batched torch vmaps backward itself, past our vmap below; nothing can be looked at there.
+        if not torch._C._functorch.is_legacy_batchedtensor(flat):
+            check_gradient(flat, cotangent)
+        return flat
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -73,12 +73,10 @@ class Habits:
 
     differentiates: bool = False
     """Whether it uses autograd, maybe with respect to its differentiated arguments."""
-    watched: bool = False
-    """Whether it has been looked at for that."""
 
 
-class _NeedsGrad(Exception):
-    """fn is about to use autograd at a point that does not require grad."""
+class _NeedsGrad(BaseException):
+    """fn is about to use autograd at a point that does not require grad; not for its own ``except Exception``."""
 
 
 class _WatchAutograd(TorchFunctionMode):
@@ -91,11 +89,15 @@ class _WatchAutograd(TorchFunctionMode):
     def __init__(self, params: Leaves) -> None:
         super().__init__()
         self._params = {id(p) for p in params}
+        self.seen = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _ENGINE or (func in _ASKING and id(args[0]) in self._params):
+        # A torch.func transform inside fn brings its own tensors.
+        engine = func in _ENGINE and not torch._C._are_functorch_transforms_active()
+        if engine or (func in _ASKING and id(args[0]) in self._params):
+            self.seen = True
             raise _NeedsGrad
         return func(*args, **(kwargs or {}))
 
@@ -143,9 +145,15 @@ class Objective:
         rows = range(CENTER, CENTER + 1) if batched else None
         out = self._evaluate(params, CENTER, rows, getattr(self._fn, "at_center", self._fn))
         value = as_tensor(out, self.name).detach()
+        if not isinstance(out, torch.Tensor) and any(p.dtype == torch.float64 for p in self.params):
+            value = value.double()
         if batched:
             value = self._drop_leading_one(value)
         self.value, self.shape = value.clone(), value.shape
+        if isinstance(out, (int, float)):  # as exact as the values at the other points
+            exact = torch.tensor(float(out), dtype=torch.float64, device=value.device)
+            self.value = exact.to(value.dtype)
+            return exact
         return value.to(torch.float64, copy=True)
 
     def __call__(self, params: Leaves, index: int) -> Value:
@@ -185,25 +193,41 @@ class Objective:
         run = fn if vmapped else functools.partial(self._call, fn)
         self._begin(index, rows, vmapped=vmapped)
         if self._habits.differentiates:
-            return run(_tracked(params))
-        versions = [p._version for p in params]
+            return self._run_tracked(run, params, vmapped=vmapped)
+        versions = [_version(p) for p in params]
+        watch = _WatchAutograd(params) if index == CENTER else None
         try:
-            with _NOTHING if self._habits.watched else _WatchAutograd(params):
+            with watch or _NOTHING:
                 out = run(params)
-            self._habits.watched = True
-            return out
+            if watch is None or not watch.seen:
+                return out
         except (RuntimeError, TypeError, _NeedsGrad) as error:
             if "escaped" in str(error):
                 raise self._closed_over() from error
-            written = versions != [p._version for p in params]
-            if not _wants_grad(error) or (written and index != CENTER):
+            if not _wants_grad(error) or (versions != [_version(p) for p in params] and index != CENTER):
                 raise
-            if written:  # the center: make it anew
-                params = tuple(p.clone().view_as(q) for p, q in zip(self.params, params, strict=True))
-        self._habits.differentiates = self._habits.watched = True
+        if versions != [_version(p) for p in params]:  # the center: make it anew
+            params = tuple(p.clone().view_as(q) for p, q in zip(self.params, params, strict=True))
         self.repeated += len(params[0]) if vmapped or rows else 1
         self._begin(index, rows, vmapped=vmapped)
-        return run(_tracked(params))
+        out = self._run_tracked(run, params, vmapped=vmapped)
+        self._habits.differentiates = True  # only now: the complaint may have been about something else
+        return out
+
+    def _run_tracked(self, run: Callable[[Leaves], Any], params: Leaves, *, vmapped: bool) -> Any:
+        if vmapped:
+            raise RuntimeError(
+                f'{self.name} uses autograd itself, which `evaluator="vmap"` cannot follow for many points at once: '
+                "use "
+                '`evaluator="loop"`.'
+            )
+        try:
+            return run(tuple(leaf.requires_grad_() for leaf in params))
+        except RuntimeError as error:
+            if "requires grad" not in str(error):
+                raise
+            # It uses autograd in some calls, and in this one what refuses such tensors, numpy for example.
+            return run(tuple(leaf.detach() for leaf in params))
 
     def _call(self, fn: Callable[..., Any], params: Leaves) -> Any:
         for leaf in self._others:
@@ -233,13 +257,11 @@ class Objective:
         return ValueError(f"{self.name} must return one shape at all points, got {tuple(got)} after {tuple(wanted)}.")
 
 
-def _tracked(params: Leaves) -> Leaves:
-    for leaf in params:
-        leaf.requires_grad_()
-    return params
+def _version(leaf: torch.Tensor) -> int:
+    return -1 if leaf.is_inference() else leaf._version
 
 
-def _wants_grad(error: Exception) -> bool:
+def _wants_grad(error: BaseException) -> bool:
     return isinstance(error, _NeedsGrad) or any(sign in str(error) for sign in ("not require grad", "NoneType"))
 
 

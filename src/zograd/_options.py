@@ -13,6 +13,7 @@ from zograd._tree import numbers
 from zograd.distributions.adapter import adapt
 from zograd.evaluators import EVALUATORS, Evaluator
 from zograd.schemes import SCHEMES, Scheme
+from zograd.shaping import leave_one_out
 
 if TYPE_CHECKING:
     from zograd.distributions.base import Distribution
@@ -101,6 +102,12 @@ class Options:
         if self.shaping is not None and self.batch_dim is not None:
             raise ValueError(
                 f"`{self.call}(shaping=..., batch_dim={self.batch_dim})`: shaping is for objectives of one value."
+            )
+        if self.shaping is leave_one_out and self.num_samples < 2:
+            raise ValueError(
+                f"`{self.call}(shaping=leave_one_out, num_samples={self.num_samples})` needs the values of other "
+                "directions: "
+                "`num_samples` must be at least 2."
             )
 
     def __repr__(self) -> str:

@@ -91,10 +91,7 @@ def draw_seed(seed: int | None, generator: torch.Generator | None) -> int:
     """
     outer = _stream.get()
     if isinstance(outer, FnStream):
-        if seed is not None:
-            return outer.nested_seed(seed)
-        if generator is None:
-            return outer.next_seed()
+        return outer.next_seed() if seed is None else outer.nested_seed(seed)
     if seed is not None:
         return seed
     return _ownership.draw() if generator is None else _draw(generator)

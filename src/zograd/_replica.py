@@ -17,12 +17,20 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 __all__ = ["Replica", "Watch"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
-_CONTAINERS = (dict, collections.OrderedDict, list, tuple, set, collections.deque)
+_CONTAINERS = (
+    dict,
+    collections.OrderedDict,
+    collections.defaultdict,
+    collections.Counter,
+    list,
+    set,
+    collections.deque,
+)
 
 
 class Replica:
@@ -39,69 +47,117 @@ class Replica:
     ) -> None:
         self._tensors = tensors
         self._copy_buffer = copy_buffer
-        self._containers: list[tuple[Any, Any]] = []  # those that hold nothing which was replaced, with their copies
-        self._modules = {id(m): object.__new__(type(m)) for m in module.modules()}
-        self._pairs = [(m, self._modules[id(m)]) for m in module.modules()]
+        self._twins: dict[int, Any] = {}  # by the id of what they stand for: one each, however often it is held
+        self._originals: dict[int, Any] = {}  # and back
+        self._containers: list[tuple[Any, Any]] = []
+        self._pairs = [(m, self._remember(m, object.__new__(type(m)))) for m in module.modules()]
         for original, twin in self._pairs:
+            if isinstance(original, torch.jit.ScriptModule):
+                raise TypeError(f"{type(original).__name__} cannot be evaluated with other parameters: it is compiled.")
             twin.__dict__.update(self._state(original))
         self._before = [dict(twin.__dict__) for _, twin in self._pairs]
-        self.module: nn.Module = self._modules[id(module)]
+        self.module: nn.Module = self._twins[id(module)]
+
+    def _remember(self, original: Any, twin: Any) -> Any:
+        self._twins[id(original)] = twin
+        self._originals[id(twin)] = original
+        return twin
 
     def _state(self, module: nn.Module) -> dict[str, Any]:
         state = {name: self._mapped(value) for name, value in module.__dict__.items() if name not in _REGISTRIES}
-        state["_parameters"] = {
-            k: p if p is None else self._tensors.get(id(p), p) for k, p in module._parameters.items()
-        }
-        state["_buffers"] = {k: b if b is None else self._copy_buffer(b) for k, b in module._buffers.items()}
-        state["_modules"] = {k: m if m is None else self._modules[id(m)] for k, m in module._modules.items()}
+        state["_parameters"] = {k: p if p is None else self._tensor(p) for k, p in module._parameters.items()}
+        state["_buffers"] = {k: b if b is None else self._buffer(b) for k, b in module._buffers.items()}
+        state["_modules"] = {k: m if m is None else self._twins[id(m)] for k, m in module._modules.items()}
         return state
+
+    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        replaced = self._tensors.get(id(tensor))
+        if replaced is None:
+            return tensor
+        self._remember(tensor, replaced)
+        return replaced
+
+    def _buffer(self, buffer: torch.Tensor) -> torch.Tensor:
+        if id(buffer) not in self._twins:
+            self._remember(buffer, self._copy_buffer(buffer))
+        twin: torch.Tensor = self._twins[id(buffer)]
+        return twin
 
     def _mapped(self, value: Any) -> Any:
         """The value as the copy should hold it: containers copied, modules and parameters in them replaced."""
-        if isinstance(value, nn.Module):
-            return self._modules.get(id(value), value)
+        if id(value) in self._twins:
+            return self._twins[id(value)]
         if isinstance(value, torch.Tensor):
-            return self._tensors.get(id(value), value)
-        if isinstance(value, MethodType) and id(value.__self__) in self._modules:
-            return MethodType(value.__func__, self._modules[id(value.__self__)])
+            return self._tensor(value)
+        if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+            return MethodType(value.__func__, self._twins.get(id(value.__self__), value.__self__))
+        if type(value) is tuple:
+            return self._remember(value, tuple(map(self._mapped, value)))
         if type(value) in _CONTAINERS:
-            return self._copied(value)
+            twin = self._remember(value, copy.copy(value))
+            self._containers.append((value, twin))
+            _fill(twin, self._mapped, value)
+            return twin
         return value
 
-    def _copied(self, value: Any) -> Any:
-        new = copy.copy(value)
-        if isinstance(value, dict):
-            new.update({k: self._mapped(v) for k, v in value.items()})
-        elif isinstance(value, tuple):
-            return tuple(map(self._mapped, value))
-        else:
-            items = [self._mapped(v) for v in value]
-            new.clear()
-            (new.update if isinstance(value, set) else new.extend)(items)
-        if all(a is b for a, b in zip(_items(value), _items(new), strict=True)):
-            self._containers.append((value, new))
-        return new
-
     def commit(self) -> None:
-        """Let the module have what the copy's evaluation wrote: attributes, containers, buffers; never parameters."""
+        """Let the module have what the copy's evaluation wrote: attributes, containers, buffers; never parameters.
+
+        Raises:
+            RuntimeError: if ``forward`` registered or removed a parameter or submodule.
+        """
         for (module, twin), before in zip(self._pairs, self._before, strict=True):
+            for registry in ("_parameters", "_modules"):
+                if twin.__dict__[registry].keys() != module.__dict__[registry].keys():
+                    raise RuntimeError(
+                        f"`{type(module).__name__}.forward` registered or removed a parameter or submodule, which "
+                        "would differ "
+                        "between evaluations: make them in `__init__`, or by one call under `torch.no_grad()`."
+                    )
             for name in before.keys() - twin.__dict__.keys():
                 del module.__dict__[name]
             for name, value in twin.__dict__.items():
                 if name not in _REGISTRIES and (name not in before or before[name] is not value):
-                    module.__dict__[name] = value
+                    module.__dict__[name] = self._given_back(value)
             for name, buffer in twin._buffers.items():
                 _commit_buffer(module._buffers, name, buffer)
         for original, twin in self._containers:
-            if len(original) != len(twin) or any(
-                a is not b for a, b in zip(_items(original), _items(twin), strict=True)
-            ):
-                original.clear()
-                (original.extend if isinstance(original, (list, collections.deque)) else original.update)(twin)
+            now = [self._given_back(v) for v in _items(twin)]
+            if _keys(original) != _keys(twin) or any(a is not b for a, b in zip(_items(original), now, strict=True)):
+                _fill(original, self._given_back, twin)
+
+    def _given_back(self, value: Any) -> Any:
+        """The inverse of ``_mapped``: what the module itself may hold."""
+        if id(value) in self._originals:
+            return self._originals[id(value)]
+        if type(value) is tuple:
+            return tuple(map(self._given_back, value))
+        if type(value) in _CONTAINERS:
+            fresh = copy.copy(value)
+            _fill(fresh, self._given_back, value)
+            return fresh
+        return value
 
 
-def _items(container: Any) -> Iterable[Any]:
-    return container.values() if isinstance(container, dict) else container
+def _items(container: Any) -> list[Any]:
+    return list(container.values() if isinstance(container, dict) else container)
+
+
+def _keys(container: Any) -> list[Any]:
+    return list(container) if isinstance(container, dict) else [len(container)]
+
+
+def _fill(container: Any, function: Callable[[Any], Any], source: Any) -> None:
+    """Let a container hold the function's values of what another of its kind holds."""
+    if isinstance(source, dict):
+        items = [(k, function(v)) for k, v in source.items()]
+        container.clear()
+        for k, v in items:
+            container[k] = v
+        return
+    items = list(map(function, source))
+    container.clear()
+    (container.update if isinstance(container, set) else container.extend)(items)
 
 
 def _commit_buffer(buffers: dict[str, torch.Tensor | None], name: str, new: torch.Tensor | None) -> None:
@@ -128,6 +184,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._names = names
         self._owner = owner
+        self.error: RuntimeError | None = None  # kept, in case forward itself catches it
 
     def __torch_function__(
         self,
@@ -138,10 +195,23 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         for value in (*args, *(kwargs or {}).values()):
             for item in value if isinstance(value, (list, tuple)) else (value,):
-                if id(item) in self._names:
-                    raise RuntimeError(
-                        f"`{self._owner}` reaches its parameter {self._names[id(item)]!r} in `forward` through an "
-                        "object that is neither a submodule nor a list, tuple or dict of them (a closure or a helper "
-                        "object?), where it cannot be perturbed. Reach it through `self`, or pass it as an argument."
-                    )
+                name = self._names.get(id(item))
+                if name is None and isinstance(item, torch.Tensor):
+                    name = self._names.get(id(_base(item)))
+                if name is not None:
+                    self.error = self._error(name)
+                    raise self.error
         return func(*args, **(kwargs or {}))
+
+    def _error(self, name: str) -> RuntimeError:
+        return RuntimeError(
+            f"`{self._owner}` reaches its parameter {name!r} in `forward` through an object that is neither a "
+            "submodule nor a "
+            "list, tuple or dict of them (a closure, a helper object, a view made in `__init__`?), where it cannot be "
+            "perturbed. Reach it through `self`, or pass it as an argument."
+        )
+
+
+def _base(tensor: torch.Tensor) -> torch.Tensor | None:
+    with torch._C.DisableTorchFunction():
+        return tensor._base

@@ -134,7 +134,9 @@ def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool) -> tuple[
     trees = sigma if several and isinstance(sigma, (tuple, list)) else (sigma,)
     specs = [optree.tree_structure(tree) for tree in trees]
     if specs != arguments.trees:
-        wanted = arguments.structure([Ellipsis] * len(arguments.chosen), several=several)
+        wanted = str(arguments.structure([Ellipsis] * len(arguments.chosen), several=several)).replace(
+            "Ellipsis", "..."
+        )
         raise ValueError(
             "`zero_order(sigma=...)` must be a number or have the structure of the differentiated arguments, "
             f"{wanted}, "

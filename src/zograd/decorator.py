@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec
@@ -18,6 +19,7 @@ from zograd._objective import Habits, as_tensor, function_name
 from zograd._options import Options
 from zograd._random import plain_call
 from zograd._tree import Arguments, flatten, sigma_per_leaf
+from zograd.errors import ZeroOrderWarning
 from zograd.estimator import Recipe
 
 if TYPE_CHECKING:
@@ -100,19 +102,28 @@ class ZeroOrderFunction(Generic[P]):
         try:
             out = plain_call(self.fn, args, kwargs)
         except RuntimeError as error:
-            # In an estimate fn sees points that do not require grad; what it may do there it may do here.
-            if "requires grad" not in str(error) or torch.is_grad_enabled():
+            if torch.is_grad_enabled() or not any(sign in str(error) for sign in ("requires grad", "not require grad")):
                 raise
-            arguments = self._arguments(args, kwargs)
-            detached, kwargs = arguments.builder()(tuple(p.detach() for p in arguments.params()))
-            out = plain_call(self.fn, tuple(detached), kwargs)
-        return _any_tensor(out, self._typed)
+            out = self._plain_as_at_points(args, kwargs, tracked="not require grad" in str(error))
+        return any_tensor(out, self._typed)
+
+    def _plain_as_at_points(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, tracked: bool) -> Any:
+        """Without grad mode fn may do what it may do in an estimate: use numpy, or train something inside."""
+        arguments = self._arguments(args, kwargs)
+        params = tuple(p.detach().clone().requires_grad_(tracked) for p in arguments.params())
+        built, kwargs = arguments.builder()(params)
+        with torch.set_grad_enabled(tracked):
+            out = plain_call(self.fn, tuple(built), kwargs)
+        return out.detach() if isinstance(out, torch.Tensor) else out
 
     def _plain_with_leading_one(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         arguments = self._arguments(args, kwargs)
+        chosen = tuple(i for i in arguments.chosen if arguments.leaves[i].requires_grad) or arguments.chosen
+        arguments = replace(arguments, chosen=chosen)
         built, kwargs = arguments.builder()(tuple(p.unsqueeze(0) for p in arguments.params()))
-        fn = getattr(self.fn, "at_center", self.fn)
-        return _any_tensor(plain_call(fn, tuple(built), kwargs, rows=1), self._typed)[0]
+        out = plain_call(getattr(self.fn, "at_center", self.fn), tuple(built), kwargs, rows=1)
+        getattr(self.fn, "commit", lambda: None)()
+        return any_tensor(out, self._typed)[0]
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         arguments = flatten(args, kwargs, [self._place(a, args, kwargs) for a in self.options.argnums])
@@ -144,6 +155,7 @@ class ZeroOrderFunction(Generic[P]):
     def _plan(self, arguments: Arguments, chosen: tuple[int, ...]) -> tuple[Plan, list[torch.Tensor]]:
         o, leaves = self.options, arguments.leaves
         _check_leaves([leaves[i] for i in chosen], o)
+        _warn_of_lost_gradients(arguments, self._typed)
         positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
         index = {position: k for k, position in enumerate(positions)}
         sigma = sigma_per_leaf(o.sigma, arguments, several=len(o.argnums) > 1)
@@ -165,7 +177,7 @@ class ZeroOrderFunction(Generic[P]):
         return plan, [leaves[i] for i in positions]
 
     def __get__(self, instance: object, owner: type | None = None) -> ZeroOrderFunction[Any]:
-        if instance is None:
+        if instance is None or not hasattr(self.fn, "__get__"):
             return self
         bound = self.fn.__get__(instance, owner)
         return ZeroOrderFunction(bound, self.options, self._habits)
@@ -223,7 +235,7 @@ def _decorated_again(find: Callable[..., Any], where: tuple[Any, ...], options: 
     return ZeroOrderFunction(found.fn if isinstance(found, ZeroOrderFunction) else found, options)
 
 
-def _any_tensor(out: Any, name: str) -> torch.Tensor:
+def any_tensor(out: Any, name: str) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else as_tensor(out, name)
 
 
@@ -245,6 +257,21 @@ def _check_leaves(params: Sequence[torch.Tensor], options: Options) -> None:
         )
     if options.batch_dim is not None:
         _check_slices(params, options.batch_dim, options.call)
+
+
+def _warn_of_lost_gradients(arguments: Arguments, typed: str) -> None:
+    ours = {i for span in arguments.spans for i in span}
+    lost = [
+        x for i, x in enumerate(arguments.leaves) if i not in ours and isinstance(x, torch.Tensor) and x.requires_grad
+    ]
+    if lost:
+        warnings.warn(
+            f"{typed} gets a tensor of shape {tuple(lost[0].shape)} that requires grad outside its differentiated "
+            "arguments: "
+            "it gets no gradient through this call. Name its argument in `argnums`, or detach it.",
+            ZeroOrderWarning,
+            stacklevel=4,
+        )
 
 
 def _unsupported(p: torch.Tensor) -> str | None:
@@ -300,7 +327,8 @@ def zero_order(
             (4N + 1), or a :class:`~zograd.schemes.Scheme`. Naive has no baseline: its variance grows with the square of
             the objective's level.
         argnums: the positional arguments to differentiate, each a tensor or any nested tree; integer and frozen
-            (``requires_grad=False``) leaves are left alone. For a method, 0 is the argument after ``self``.
+            (``requires_grad=False``) leaves are left alone. Other arguments, and what ``fn`` closes over, get no
+            gradient. For a method, 0 is the argument after ``self``.
         num_samples: N, the number of directions.
         sigma: the radius of the smoothing, in units of the parameters: bias grows with its square, and noise in ``fn``
             is divided by it. A number, or a tree of them in the structure of the differentiated argument.

@@ -175,7 +175,9 @@ class Estimate:
                 f"{tuple(cotangent.shape)}."
             )
         weights = weigh(self.coefficients, cotangent, self.directions.space)
-        return self._tree(contract(self.directions, self.sigma, weights))
+        flat = contract(self.directions, self.sigma, weights)
+        check_gradient(flat, cotangent)
+        return self._tree(flat)
 
     def _tree(self, flat: torch.Tensor) -> Any:
         space = self.directions.space
@@ -262,12 +264,18 @@ def _run(objective: Objective, recipe: Recipe, points: Points) -> tuple[torch.Te
     if contraction is None:
         return coefficients, None
     flat = contraction.result()
-    if not _all_finite(flat):
-        raise NonFiniteError(
-            f"the gradient is not finite although the values are: their size, or 1/sigma, overflows {space.dtype} "
-            f"(sigma is {min(recipe.sigma):g}). Scale the values down, or pass float64 tensors."
-        )
+    check_gradient(flat)
     return coefficients, flat
+
+
+def check_gradient(flat: torch.Tensor, cotangent: torch.Tensor | None = None) -> None:
+    """Raise if the gradient overflowed; an infinite cotangent is the caller's own (a GradScaler looks for it)."""
+    if not _all_finite(flat) and (cotangent is None or _all_finite(cotangent)):
+        raise NonFiniteError(
+            f"the gradient is not finite although the values are: their size, or 1/sigma, overflows {flat.dtype}. "
+            "Scale the "
+            "values down, or pass float64 tensors."
+        )
 
 
 @contextlib.contextmanager

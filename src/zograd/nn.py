@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from zograd._objective import Habits
 from zograd._options import Options
 from zograd._random import plain_call
 from zograd._replica import Replica, Watch
-from zograd.decorator import ZeroOrderFunction
+from zograd.decorator import ZeroOrderFunction, any_tensor
 from zograd.distributions.adapter import Sampled
+from zograd.distributions.gaussian import Gaussian
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ZeroOrder", "ZeroOrderGradientModule"]
 
-_watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose forward was seen to use no hidden parameter
-
 
 class _ModuleFunction:
     """A module as a function of its trainable parameters: the center on itself, all other points on replicas."""
@@ -38,6 +37,13 @@ class _ModuleFunction:
         self._names = {id(p): name for name, p in parameters.items()}
         self._template: nn.Module | None = None
         self._center: Replica | None = None
+        self._watched = False  # whether a point's evaluation was seen to use no hidden parameter
+        if parametrize._cache_enabled:
+            raise RuntimeError(
+                "a zeroth-order module cannot be evaluated inside `parametrize.cached()`: the cache would serve all "
+                "points "
+                "the parametrized weight of one."
+            )
         self.__qualname__ = type(module).__qualname__
 
     def __call__(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -50,11 +56,13 @@ class _ModuleFunction:
             return like.new_zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device).copy_(buffer)
 
         replica = Replica(template, self._replacements(params), copy_buffer).module
-        if self._module in _watched:
+        if self._watched:
             return nn.Module.__call__(replica, *args, **kwargs)
-        with Watch(self._names, type(self._module).__name__):
+        with Watch(self._names, type(self._module).__name__) as watch:
             out = nn.Module.__call__(replica, *args, **kwargs)
-        _watched.add(self._module)
+        if watch.error is not None:
+            raise watch.error
+        self._watched = True
         return out
 
     def at_center(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -75,6 +83,8 @@ class _ModuleFunction:
         return self._template
 
     def _replacements(self, params: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+        for leaf in params.values():
+            leaf._is_param = True  # what isinstance(..., nn.Parameter) looks at
         return {identity: params[name] for identity, name in self._names.items()}
 
 
@@ -98,7 +108,7 @@ class _ZeroOrderModule(nn.Module):
             return self._function(trainable)(trainable, *args, **kwargs)
         if self.zero_order_options.evaluator.batched and trainable:
             return self._function(trainable)(trainable, *args, **kwargs)
-        return plain_call(super().__call__, args, kwargs)
+        return any_tensor(plain_call(super().__call__, args, kwargs), f"`{type(self).__name__}`")
 
     def estimate(self, *args: Any, **kwargs: Any) -> Estimate:
         """Estimate the gradient of every trainable parameter, without autograd.
@@ -208,6 +218,8 @@ class ZeroOrderGradientModule(_ZeroOrderModule):
         return super().__new__(cls)
 
     def _resolved_options(self) -> Options:
+        if type(self.zero_order_options.distribution) is not Gaussian:
+            return self.zero_order_options  # chosen for this instance, past `sample`
         sampler = self.__dict__.get("_zero_order_sampler")
         if sampler is None or not sampler.samples(self.sample):
             # Kept, since whether it can be replayed is found out once.

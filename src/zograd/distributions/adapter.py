@@ -121,7 +121,7 @@ def adapt(distribution: Any, call: str) -> Distribution:
         raise TypeError(f"{typed} must be an instance, got the class {distribution.__name__}: call it first.")
     if isinstance(distribution, torch.distributions.Distribution):
         _check_moments(distribution, typed)
-        if isinstance(distribution, torch.distributions.Normal):
+        if type(distribution) is torch.distributions.Normal:
             return Gaussian()
     sample = getattr(distribution, "sample", None)
     if callable(sample):

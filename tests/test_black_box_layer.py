@@ -1,0 +1,142 @@
+"""A block that has no gradient, in the middle of a network: each sample goes through it alone.
+
+Encoder and head are linear and learn by backpropagation. The gradient of the encoder has to come through the block,
+and only its values are there to estimate it from: ``batch_dim=0`` takes one direction a sample from the same calls.
+"""
+
+import functools
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch.nn.functional import cross_entropy
+
+import zograd
+from zograd import zero_order
+
+TRAIN, BATCH, EPOCHS = 1200, 60, 5
+SEEDS = (0, 1, 2)
+BALLS, STEPS, GRID, EVERY = 4, 12, 3, 4
+
+
+def bouncing_balls(launches):
+    """Four balls a sample, launched into a box with gravity; a grid of sensors is read at three instants.
+
+    Args:
+        launches: (..., 16): of each ball two coordinates (logits of the place in the unit box) and two velocities.
+
+    Returns:
+        (..., 108) zeros and ones: which of the nine cells each ball is in at each instant.
+    """
+    place, velocity = launches.unflatten(-1, (BALLS, 2, 2)).unbind(-2)
+    place = place.sigmoid()
+    cells = []
+    for step in range(1, STEPS + 1):
+        velocity = velocity - torch.tensor([0.0, 0.1])
+        place = place + 0.1 * velocity
+        hit = (place < 0) | (place > 1)
+        place = torch.where(place > 1, 2 - place, place.abs()).clamp(0, 1)
+        velocity = torch.where(hit, -0.9 * velocity, velocity)
+        if step % EVERY == 0:
+            column, row = (place * GRID).long().clamp(max=GRID - 1).unbind(-1)
+            cells.append(GRID * row + column)
+    sensors = torch.stack(cells, dim=-1).unsqueeze(-1) == torch.arange(GRID**2)
+    return sensors.flatten(-3).float()
+
+
+def hard_signs(x):
+    """Plus or minus one."""
+    return torch.where(x > 0, 1.0, -1.0)
+
+
+# The block, its inputs, its outputs, sigma. A wide sigma for the signs favors the whole batch. With the balls the whole
+# batch does best at .5 (.848 over the seeds 0 and 1), still short of .889 by slice at .3.
+BLOCKS = [(bouncing_balls, 16, 108, 0.3), (hard_signs, 48, 48, 1.0)]
+each_block = pytest.mark.parametrize(
+    ("block", "inputs", "outputs", "sigma"), BLOCKS, ids=[block.__name__ for block, *_ in BLOCKS]
+)
+
+
+@functools.cache
+def digits(seed):
+    """The images of handwritten digits in [0, 1] and their labels, shuffled."""
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(data.data, dtype=torch.float32)[order] / 16, torch.tensor(data.target)[order]
+
+
+def held_out_accuracy(block, layer, inputs, outputs, seed):
+    """Train encoder, layer and head, and test with the plain block; ``layer=None`` leaves the encoder as it began."""
+    images, labels = digits(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder, head = torch.nn.Linear(64, inputs), torch.nn.Linear(outputs, 10)
+        encoder.requires_grad_(layer is not None)
+        optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=0.02)
+        steps = EPOCHS * TRAIN // BATCH
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        batches = [batch for _ in range(EPOCHS) for batch in torch.randperm(TRAIN).split(BATCH)]
+        for batch in batches:
+            optimizer.zero_grad()
+            cross_entropy(head((layer or block)(encoder(images[batch]))), labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            predicted = head(block(encoder(images[TRAIN:]))).argmax(dim=1)
+        return float((predicted == labels[TRAIN:]).float().mean())
+
+
+def layers(block, sigma):
+    """The block by slice with 4 directions, and over the whole batch with 64."""
+    options = {"method": "antithetic", "sigma": sigma, "evaluator": "vmap"}
+    return (
+        zero_order(**options, num_samples=4, batch_dim=0)(block),
+        zero_order(**options, num_samples=64)(block),
+    )
+
+
+@pytest.mark.slow
+@each_block
+def test_four_directions_a_slice_beat_sixty_four_over_the_whole(block, inputs, outputs, sigma):
+    # Held-out accuracy over the seeds 0 to 9: .894 by slice, .846 over the whole, .603 with a frozen encoder with the
+    # balls; .892, .847 and .804 with the signs. One seed's difference between the first two was .048 (standard
+    # deviation .028) and .045 (.029); its mean over any three of the ten seeds was at least .013 and .017.
+    by_slice, whole, frozen = (
+        sum(held_out_accuracy(block, layer, inputs, outputs, seed) for seed in SEEDS) / len(SEEDS)
+        for layer in (*layers(block, sigma), None)
+    )
+    assert by_slice >= whole
+    assert by_slice > 0.85
+    assert by_slice > frozen + 0.03
+
+
+@each_block
+def test_they_take_a_fourteenth_of_the_evaluations(block, inputs, outputs, sigma):
+    x = torch.zeros(BATCH, inputs)
+    by_slice, whole = (layer.estimate(x).evaluations for layer in layers(block, sigma))
+    assert (by_slice, whole) == (2 * 4 + 1, 2 * 64 + 1)
+
+
+@each_block
+def test_autograd_alone_gets_nothing_through_the_block(block, inputs, outputs, sigma):
+    x = torch.randn(BATCH, inputs, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert not block(x).requires_grad
+    for layer in layers(block, sigma):
+        out = layer(x)
+        assert torch.equal(out, block(x))
+        assert out.shape == (BATCH, outputs)
+        (grad,) = torch.autograd.grad(out[:, ::3].sum(), x)
+        assert grad.any(dim=1).all()
+
+
+@each_block
+def test_check_slices_tells_whether_the_block_can_be_taken_by_slice(block, inputs, outputs, sigma):
+    def normalized(x):
+        return block((x - x.mean(dim=0)) / x.std(dim=0))
+
+    x = torch.randn(BATCH, inputs, generator=torch.Generator().manual_seed(0))
+    assert zograd.check_slices(block, x)
+    assert zograd.check_slices(layers(block, sigma)[0], x)
+    check = zograd.check_slices(normalized, x)
+    assert not check
+    assert "NOT independent" in str(check)
