@@ -131,15 +131,15 @@ MUTANTS = [
     Mutant(
         "tied weight counted once",
         "_replica.py",
-        "k: p if p is None else self._tensors.get(id(p), p) for",
-        "k: p if p is None else self._tensors.pop(id(p), p) for",
+        "replaced = self._tensors.get(id(tensor))",
+        "replaced = self._tensors.pop(id(tensor), None)",
         ("test_nn.py",),
     ),
     Mutant(
         "block order",
         "estimator.py",
-        "and rows <= len(c):",
-        "and (rows := min(rows, len(c))):",
+        "and used + rows <= known:",
+        "and (rows := min(rows, known - used)):",
         (BITS,),
     ),
     Mutant(

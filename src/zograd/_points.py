@@ -65,7 +65,7 @@ class Directions:
 
     def add_sum(self, lo: int, c: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """``out + sum_i c_i eps_i`` over the block that begins at ``lo``; ``c`` is (rows, slices)."""
-        hi = lo + len(c)
+        hi = lo + c.shape[0]
         if self._span.start <= lo and hi <= self._span.stop:
             noise = self.noise(lo, hi)
         else:
@@ -75,7 +75,7 @@ class Directions:
         return self.distribution.add_sum(self.space, noise, c, out)
 
     def _room(self, noise: Noise, rows: int) -> Noise:
-        return noise if noise and len(noise[0]) == rows else self.distribution.empty(self.space, rows)
+        return noise if noise and noise[0].shape[0] == rows else self.distribution.empty(self.space, rows)
 
     def _load(self, first: int, last: int) -> None:
         lo, hi = first * self.block, min(last * self.block, self.num)

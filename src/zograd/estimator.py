@@ -79,12 +79,13 @@ class Contraction:
         c = coefficients.reshape(-1, space.slices).to(device=space.device, dtype=space.dtype)
         if self._waiting is not None:
             c = torch.cat([self._waiting, c])
+        used, known = 0, c.shape[0]  # not len(): torch's is a Python function
         with full_precision(space.device):
-            while (rows := min(d.block, d.num - self._done)) and rows <= len(c):
-                self._sum = d.add_sum(self._done, c if rows == len(c) else c[:rows], self._sum)
+            while (rows := min(d.block, d.num - self._done)) and used + rows <= known:
+                self._sum = d.add_sum(self._done, c if rows == known else c[used : used + rows], self._sum)
                 self._done += rows
-                c = c[rows:]
-        self._waiting = c if len(c) else None
+                used += rows
+        self._waiting = c[used:] if used < known else None
 
     def result(self) -> torch.Tensor:
         """The flat gradient, of shape (size,) in the compute dtype."""
@@ -249,7 +250,7 @@ def _run(objective: Objective, recipe: Recipe, points: Points) -> tuple[torch.Te
         kept: list[torch.Tensor] = []
         hi = 0
         for values in _whole(pieces, points, center):
-            lo, hi = hi, hi + len(values)
+            lo, hi = hi, hi + values.shape[0]
             coefficients = scheme.combine(values, center)
             if not _all_finite(coefficients):  # a value that is not finite makes its coefficient so
                 raise _not_finite(values, lo, points.sides, objective.name)
@@ -292,7 +293,7 @@ def _whole(pieces: Iterator[torch.Tensor], points: Points, center: torch.Tensor)
     """The pieces, checked to be the evaluator's whole and in shape."""
     seen, wanted = 0, (len(points.sides), *center.shape)
     for piece in pieces:
-        seen += len(piece)
+        seen += piece.shape[0]
         if piece.shape[1:] != wanted or seen > len(points):
             raise ValueError(
                 f"the evaluator must yield {len(points)} directions of values of shape {wanted}, got a piece of shape "

@@ -98,7 +98,7 @@ class Dense(Distribution):
     def draw(self, space: Space, noise: Noise, seed: int, block: int) -> None:
         """Fill the block by tiles, a stream each."""
         values = noise[0].view(-1)
-        parts = torch.split(values, TILE) if len(values) > TILE else (values,)
+        parts = torch.split(values, TILE) if values.numel() > TILE else (values,)
         tiles = -(-max(BLOCK, space.size) // TILE)  # of a whole block, so that a last, partial one keeps its keys
         generator = torch.Generator(space.device)
         for tile, part in enumerate(parts):
@@ -116,7 +116,7 @@ class Dense(Distribution):
     def add_sum(self, space: Space, noise: Noise, c: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """One matrix-vector product a block."""
         rows = noise[0]
-        if space.slices == 1 and len(rows) == 1 and out is not None:
+        if space.slices == 1 and rows.shape[0] == 1 and out is not None:
             return out.addcmul_(rows[0], c[0, 0])  # without a third vector of the parameters' size
         if space.slices == 1:
             block = torch.mv(rows.t(), c[:, 0])
