@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zograd import zero_order
+from zograd import ZeroOrderWarning, zero_order
 from zograd._points import Directions
 from zograd._tree import Space
 from zograd.distributions import Dense, Gaussian, Rademacher, Sphere
@@ -198,3 +198,11 @@ def test_each_direction_is_made_once_and_few_are_held(evaluator, chunk, size):
     # One block, or one chunk of whole blocks, and while the next is made the one before.
     chunk = chunk or (1 if evaluator == "loop" else max(1, (1 << 19) // size))
     assert family.most <= 2 * max(block, chunk)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sigma_below_the_resolution_is_warned_of(dtype):
+    f = zero_order(method="antithetic", sigma=1e-3)(lambda x: x.sum())
+    with pytest.warns(ZeroOrderWarning, match=r"is 0\.001, below the resolution of torch\.(b?float16)"):
+        f.estimate(torch.full((4,), 100.0, dtype=dtype))
+    f.replace(sigma=1.0).estimate(torch.full((4,), 100.0, dtype=dtype))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ import torch
 
 from zograd._points import Directions, Points
 from zograd._random import FnStream
-from zograd.errors import NonFiniteError
+from zograd.errors import NonFiniteError, ZeroOrderWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -216,6 +217,7 @@ def estimate(
         NonFiniteError: if a value is nan or infinite.
         ValueError: if the evaluator's values do not fit together.
     """
+    _warn_below_resolution(objective.params, recipe.sigma)
     directions = recipe.directions(space, seed)
     points = Points(objective.params, directions, recipe.sigma, recipe.scheme.sides)
     # User code needs grad mode, whoever calls us: an inner training loop is the main use.
@@ -236,6 +238,21 @@ def estimate(
         _flat=flat,
         _structure=structure,
     )
+
+
+def _warn_below_resolution(params: Leaves, sigma: tuple[float, ...]) -> None:
+    """A half-precision leaf rounds small steps away, and with them its gradient."""
+    for leaf, radius in zip(params, sigma, strict=True):
+        if leaf.dtype not in (torch.bfloat16, torch.float16):
+            continue
+        resolution = torch.finfo(leaf.dtype).eps * float(leaf.abs().mean(dtype=torch.float32))
+        if radius < resolution / 2:
+            warnings.warn(
+                f"`zero_order(sigma=...)` is {radius:g}, below the resolution of {leaf.dtype} at a typical parameter, "
+                f"{resolution:.2g}: most perturbations round to nothing. Use a larger sigma or float32 parameters.",
+                ZeroOrderWarning,
+                stacklevel=2,
+            )
 
 
 def _run(objective: Objective, recipe: Recipe, points: Points) -> tuple[torch.Tensor, torch.Tensor | None]:
