@@ -16,28 +16,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import zograd
+from problems import EXACT, ROWS
 from zograd import SecondDerivativeError, zero_order
-from zograd.distributions import Dense, Rademacher
+from zograd.distributions import Rademacher
 
 # torch's own forward mode imports decompositions that use what torch deprecates.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`torch.jit:DeprecationWarning")
 
-ROWS = 16
-
-
-class Exact(Dense):
-    """The rows of the Hadamard matrix of 16: with 16 of them, the mean of eps eps^T is the identity."""
-
-    def fill(self, out, generator):
-        raise NotImplementedError
-
-    def draw(self, space, noise, seed, block):
-        i = torch.arange(ROWS)
-        parity = sum((i[:, None] & i[None, :]) >> bit & 1 for bit in range(4)) % 2
-        noise[0].copy_((1 - 2 * parity)[: len(noise[0]), : space.size])
-
-
-EXACT = {"distribution": Exact(), "method": "antithetic", "num_samples": ROWS, "sigma": 0.5}
 RANDOM = {"method": "antithetic", "num_samples": 8, "sigma": 0.1}
 
 B = torch.tensor([1.0, -2.0, 3.0])
@@ -1112,3 +1097,19 @@ def test_an_inner_loop_runs_in_a_plain_call_without_grad_mode():
         value = zero_order()(f)(leaf())
     assert value.item() == 2 * X.sum().item()
     assert not value.requires_grad
+
+
+def test_numpy_after_autograd_is_counted_and_sees_the_same_stream():
+    draws = []
+
+    def fn(x, how):
+        if how == "autograd":
+            return torch.autograd.grad((x**2).sum(), x)[0].sum()
+        draws.append(torch.rand(()).item())
+        return float(x.numpy().sum())
+
+    f = zero_order(method="antithetic", num_samples=2, seed=0)(fn)
+    assert f.estimate(X, "autograd").evaluations == 6  # the center twice
+    estimate = f.estimate(X, "numpy")
+    assert estimate.evaluations == len(draws) == 10  # each point once more
+    assert draws[::2] == draws[1::2]

@@ -10,29 +10,13 @@ import torch
 from torch.func import jacfwd, jacrev, jvp, vmap
 
 import zograd
+from problems import EXACT, ROWS
 from zograd import SecondDerivativeError, zero_order
-from zograd.distributions import Dense, Gaussian, Rademacher, Sphere
+from zograd.distributions import Gaussian, Rademacher, Sphere
 
 # torch's own forward mode imports decompositions that use what torch deprecates.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`torch.jit:DeprecationWarning")
 
-ROWS = 16
-
-
-class Exact(Dense):
-    """The rows of the Hadamard matrix of 16: with 16 of them, the mean of eps eps^T is the identity."""
-
-    def fill(self, out, generator):
-        raise NotImplementedError
-
-    def draw(self, space, noise, seed, block):
-        i = torch.arange(ROWS)
-        parity = sum((i[:, None] & i[None, :]) >> bit & 1 for bit in range(4)) % 2
-        assert space.size <= ROWS
-        noise[0].copy_((1 - 2 * parity)[: len(noise[0]), : space.size])
-
-
-EXACT = {"distribution": Exact(), "method": "antithetic", "num_samples": ROWS, "sigma": 0.5}
 
 SLICES = 4
 X = torch.tensor([[0.5, 1.0, -1.5], [2.0, -1.0, 0.25], [0.0, 3.0, 1.0], [-2.0, 0.5, 0.75]])  # a row a slice

@@ -14,28 +14,12 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, jacfwd, jacrev, jvp, vjp, vmap
 
+from problems import EXACT
 from zograd import zero_order
-from zograd.distributions import Dense
 
 # torch's own forward mode imports decompositions that use what torch deprecates.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`torch.jit:DeprecationWarning")
 
-ROWS = 16
-
-
-class Exact(Dense):
-    """The rows of the Hadamard matrix of 16: with 16 of them, the mean of eps eps^T is the identity."""
-
-    def fill(self, out, generator):
-        raise NotImplementedError
-
-    def draw(self, space, noise, seed, block):
-        i = torch.arange(ROWS)
-        parity = sum((i[:, None] & i[None, :]) >> bit & 1 for bit in range(4)) % 2
-        noise[0].copy_((1 - 2 * parity)[: len(noise[0]), : space.size])
-
-
-EXACT = {"distribution": Exact(), "method": "antithetic", "num_samples": ROWS, "sigma": 0.5}
 RANDOM = {"method": "antithetic", "num_samples": 5, "sigma": 0.1}
 
 B = torch.tensor([1.0, -2.0, 3.0])

@@ -117,8 +117,8 @@ class Objective:
     Evaluators call it at points; it sets the random state for each, checks what comes back and keeps a float64 copy,
     made before the next point is (an ``fn`` may return a view of its argument).
 
-    Points require grad only if ``fn`` uses autograd itself. That shows at its first evaluation, which is watched for
-    it, or when autograd complains; then that evaluation is repeated, and the habit remembered.
+    Points require grad only if ``fn`` uses autograd itself. That shows at the center, which is watched for it, or when
+    autograd complains; then that evaluation is repeated, and the habit remembered.
 
     Args:
         fn: the user's function. If it has ``at_center``, that is called for the center instead, and ``commit`` once the
@@ -145,16 +145,15 @@ class Objective:
         rows = range(CENTER, CENTER + 1) if batched else None
         out = self._evaluate(params, CENTER, rows, getattr(self._fn, "at_center", self._fn))
         value = as_tensor(out, self.name).detach()
-        if not isinstance(out, torch.Tensor) and any(p.dtype == torch.float64 for p in self.params):
-            value = value.double()
         if batched:
             value = self._drop_leading_one(value)
-        self.value, self.shape = value.clone(), value.shape
-        if isinstance(out, (int, float)):  # as exact as the values at the other points
-            exact = torch.tensor(float(out), dtype=torch.float64, device=value.device)
-            self.value = exact.to(value.dtype)
-            return exact
-        return value.to(torch.float64, copy=True)
+        exact, dtype = value.to(torch.float64, copy=True), value.dtype
+        if not isinstance(out, torch.Tensor) and any(p.dtype == torch.float64 for p in self.params):
+            dtype = torch.float64
+        if isinstance(out, (int, float)):
+            exact.fill_(out)  # as exact as the values at the other points
+        self.value, self.shape = exact.to(dtype, copy=True), value.shape
+        return exact
 
     def __call__(self, params: Leaves, index: int) -> Value:
         """The value at one point of direction ``index``: a float for scalars on the CPU, else a float64 tensor."""
@@ -183,9 +182,7 @@ class Objective:
 
     def commit(self) -> None:
         """The estimate is done: the center's traces may stay."""
-        commit = getattr(self._fn, "commit", None)
-        if commit is not None:
-            commit()
+        commit(self._fn)
 
     def _evaluate(
         self, params: Leaves, index: int, rows: range | None, fn: Callable[..., Any], *, vmapped: bool = False
@@ -193,7 +190,7 @@ class Objective:
         run = fn if vmapped else functools.partial(self._call, fn)
         self._begin(index, rows, vmapped=vmapped)
         if self._habits.differentiates:
-            return self._run_tracked(run, params, vmapped=vmapped)
+            return self._run_tracked(run, params, index, rows, vmapped=vmapped)
         versions = [_version(p) for p in params]
         watch = _WatchAutograd(params) if index == CENTER else None
         try:
@@ -204,30 +201,31 @@ class Objective:
         except (RuntimeError, TypeError, _NeedsGrad) as error:
             if "escaped" in str(error):
                 raise self._closed_over() from error
-            if not _wants_grad(error) or (versions != [_version(p) for p in params] and index != CENTER):
+            if not wants_grad(error) or (versions != [_version(p) for p in params] and index != CENTER):
                 raise
         if versions != [_version(p) for p in params]:  # the center: make it anew
             params = tuple(p.clone().view_as(q) for p, q in zip(self.params, params, strict=True))
-        self.repeated += len(params[0]) if vmapped or rows else 1
-        self._begin(index, rows, vmapped=vmapped)
-        out = self._run_tracked(run, params, vmapped=vmapped)
+        self._begin_again(params, index, rows, vmapped=vmapped)
+        out = self._run_tracked(run, params, index, rows, vmapped=vmapped)
         self._habits.differentiates = True  # only now: the complaint may have been about something else
         return out
 
-    def _run_tracked(self, run: Callable[[Leaves], Any], params: Leaves, *, vmapped: bool) -> Any:
+    def _run_tracked(
+        self, run: Callable[[Leaves], Any], params: Leaves, index: int, rows: range | None, *, vmapped: bool
+    ) -> Any:
         if vmapped:
             raise RuntimeError(
                 f'{self.name} uses autograd itself, which `evaluator="vmap"` cannot follow for many points at once: '
-                "use "
-                '`evaluator="loop"`.'
+                'use `evaluator="loop"`.'
             )
         try:
             return run(tuple(leaf.requires_grad_() for leaf in params))
         except RuntimeError as error:
-            if "requires grad" not in str(error):
+            if not refuses_grad(error):
                 raise
-            # It uses autograd in some calls, and in this one what refuses such tensors, numpy for example.
-            return run(tuple(leaf.detach() for leaf in params))
+        # It uses autograd in some calls, and numpy in this one.
+        self._begin_again(params, index, rows, vmapped=vmapped)
+        return run(tuple(leaf.detach() for leaf in params))
 
     def _call(self, fn: Callable[..., Any], params: Leaves) -> Any:
         for leaf in self._others:
@@ -238,6 +236,10 @@ class Objective:
     def _begin(self, index: int, rows: range | None, *, vmapped: bool) -> None:
         if self.stream is not None:
             self.stream.at(index, rows, vmapped=vmapped)
+
+    def _begin_again(self, params: Leaves, index: int, rows: range | None, *, vmapped: bool) -> None:
+        self.repeated += params[0].shape[0] if vmapped or rows else 1
+        self._begin(index, rows, vmapped=vmapped)
 
     def _drop_leading_one(self, value: torch.Tensor) -> torch.Tensor:
         if value.shape[:1] != (1,):
@@ -261,8 +263,19 @@ def _version(leaf: torch.Tensor) -> int:
     return -1 if leaf.is_inference() else leaf._version
 
 
-def _wants_grad(error: BaseException) -> bool:
+def commit(fn: Callable[..., Any]) -> None:
+    """Let a function that keeps traces of its center (see :class:`Objective`) keep them."""
+    getattr(fn, "commit", lambda: None)()
+
+
+def wants_grad(error: BaseException) -> bool:
+    """Whether fn failed since a differentiated argument does not require grad."""
     return isinstance(error, _NeedsGrad) or any(sign in str(error) for sign in ("not require grad", "NoneType"))
+
+
+def refuses_grad(error: BaseException) -> bool:
+    """Whether fn failed since a differentiated argument requires grad, which numpy will not have."""
+    return "numpy() on Tensor that requires grad" in str(error)
 
 
 _NOTHING = contextlib.nullcontext()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 import torch
 
 from zograd._autograd import Plan, differentiate, forward_mode, is_tracked, is_transformed
-from zograd._objective import Habits, as_tensor, function_name
+from zograd._objective import Habits, as_tensor, commit, function_name, refuses_grad, wants_grad
 from zograd._options import Options
 from zograd._random import plain_call
 from zograd._tree import Arguments, flatten, sigma_per_leaf
@@ -102,9 +102,9 @@ class ZeroOrderFunction(Generic[P]):
         try:
             out = plain_call(self.fn, args, kwargs)
         except RuntimeError as error:
-            if torch.is_grad_enabled() or not any(sign in str(error) for sign in ("requires grad", "not require grad")):
+            if torch.is_grad_enabled() or not (wants_grad(error) or refuses_grad(error)):
                 raise
-            out = self._plain_as_at_points(args, kwargs, tracked="not require grad" in str(error))
+            out = self._plain_as_at_points(args, kwargs, tracked=wants_grad(error))
         return any_tensor(out, self._typed)
 
     def _plain_as_at_points(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, tracked: bool) -> Any:
@@ -122,7 +122,7 @@ class ZeroOrderFunction(Generic[P]):
         arguments = replace(arguments, chosen=chosen)
         built, kwargs = arguments.builder()(tuple(p.unsqueeze(0) for p in arguments.params()))
         out = plain_call(getattr(self.fn, "at_center", self.fn), tuple(built), kwargs, rows=1)
-        getattr(self.fn, "commit", lambda: None)()
+        commit(self.fn)
         return any_tensor(out, self._typed)[0]
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
