@@ -58,8 +58,8 @@ MUTANTS = [
     Mutant(
         "baseline overwritten in the loop",
         "estimator.py",
-        "coefficients = scheme.combine(values, center)",
-        "coefficients = scheme.combine(values, torch.cat([center[None], values[:-1, -1]]))",
+        "return scheme.combine(_values(piece), center)",
+        "return scheme.combine(v := _values(piece), torch.cat([center[None], v[:-1, -1]]))",
         (STATISTICS, EXACT),
     ),
     Mutant(
@@ -79,8 +79,8 @@ MUTANTS = [
     Mutant(
         "the pair evaluated with different noise",
         "_points.py",
-        "d.distribution.shift(d.space, self.params, row, self._scales[side])",
-        "d.distribution.shift(d.space, self.params, row if side > 0 else [r.flip(0) for r in row], self._scales[side])",
+        "shift(space, params, row, scales[side])",
+        "shift(space, params, row if side > 0 else [r.flip(0) for r in row], scales[side])",
         (EXACT, STATISTICS),
     ),
     Mutant(
@@ -110,7 +110,7 @@ MUTANTS = [
     Mutant(
         "frozen leaf perturbed",
         "decorator.py",
-        "chosen = tuple(i for i in arguments.chosen if is_tracked(arguments.leaves[i]))",
+        "chosen = tuple([i for i in arguments.chosen if is_tracked(arguments.leaves[i])])",
         "chosen = arguments.chosen if any(map(is_tracked, arguments.params())) else ()",
         ("test_autograd.py",),
     ),

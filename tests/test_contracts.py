@@ -622,9 +622,15 @@ class Flat(Fake):
         yield torch.stack([one(fn, points, i) for i in indices]).flatten()
 
 
+class Ragged(Fake):
+    def values(self, fn, points, indices):
+        yield [[0.5, 0.5], *([0.5] for _ in indices[1:])]
+
+
 @pytest.mark.parametrize(
     ("fake", "says"),
     [
+        (Ragged(), r"of shape \(2,\), got a piece of shape \(30, [12]\) and \(30, [12]\)"),
         (TooFew(), r"must yield 30 directions of values, got 29"),
         (TooMany(), r"must yield 30 directions .* ends at direction 31"),
         (OnceMore(), r"must yield 30 directions .* ends at direction 31"),

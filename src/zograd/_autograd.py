@@ -7,13 +7,12 @@ seed, from which backward replays the directions, so that no Jacobian is ever st
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from zograd._objective import Habits, Objective
@@ -27,38 +26,44 @@ if TYPE_CHECKING:
 
     from zograd._points import Directions
 
-__all__ = ["Plan", "differentiate"]
+__all__ = ["Plan", "Setup", "differentiate"]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Setup:
+    """All that calls share which look alike: same structure, shapes and dtypes."""
+
+    positions: tuple[int, ...]  # where the tensors are, among the leaves
+    chosen: tuple[int, ...]  # which of the tensors are differentiated
+    others: tuple[tuple[int, int], ...]  # which are not, and where they are
+    recipe: Recipe
+    space: Space
+    lost: torch.Size | None  # the shape of a tensor that requires grad and gets none
+    seed: int | None
+    generator: torch.Generator | None
+
+
+@dataclass(slots=True)
 class Plan:
     """One call of a decorated function without its tensors, which autograd has to see as inputs."""
 
+    setup: Setup
     fn: Callable[..., Any]
     arguments: Arguments  # tensors replaced by None
-    positions: tuple[int, ...]  # where the tensors were, among the leaves
-    chosen: tuple[int, ...]  # which of the tensors are differentiated
-    recipe: Recipe
-    batch_dim: int | None
-    seed: int | None
-    generator: torch.Generator | None
     habits: Habits
     kept: list[Directions] = field(default_factory=list)  # those that cannot be replayed
 
-    def space(self, tensors: Sequence[torch.Tensor]) -> Space:
-        """The layout of the differentiated tensors."""
-        return Space.of(tuple(tensors[i] for i in self.chosen), self.batch_dim)
-
     def estimate(self, tensors: Sequence[torch.Tensor], structure: Callable[[Leaves], Any] = tuple) -> Estimate:
         """Draw the seed and estimate."""
-        leaves = self.arguments.leaves.copy()
-        for position, tensor in zip(self.positions, tensors, strict=True):
+        setup, leaves = self.setup, self.arguments.leaves.copy()
+        for k, position in setup.others:
             # Detached, so that what fn computes with it has no way into the caller's graph.
-            leaves[position] = tensor.detach().requires_grad_() if tensor.requires_grad else tensor
-        params = tuple(tensors[i].detach() for i in self.chosen)
-        objective = Objective(self.fn, self.arguments.with_leaves(leaves), params, self.habits)
-        seed = draw_seed(self.seed, self.generator)
-        return estimate(objective, self.recipe, self.space(tensors), seed, structure)
+            leaves[position] = tensors[k].detach().requires_grad_() if tensors[k].requires_grad else tensors[k]
+        params = tuple([tensors[i].detach() for i in setup.chosen])
+        arguments = Arguments(self.arguments.form, leaves, self.arguments.chosen)
+        objective = Objective(self.fn, arguments, params, self.habits)
+        seed = draw_seed(setup.seed, setup.generator)
+        return estimate(objective, setup.recipe, setup.space, seed, structure)
 
     def keep(self, directions: Directions) -> int:
         """A number by which backward finds the directions again: their seed, or a negative one for kept ones."""
@@ -67,12 +72,11 @@ class Plan:
         self.kept.append(directions)
         return -len(self.kept)
 
-    def directions(self, space: Space, number: int) -> Directions:
+    def directions(self, number: int) -> Directions:
         """The directions that :meth:`keep` gave this number."""
-        return self.kept[-number - 1] if number < 0 else self.recipe.directions(space, number)
+        return self.kept[-number - 1] if number < 0 else self.setup.recipe.directions(self.setup.space, number)
 
 
-_NOTHING = contextlib.nullcontext()
 _unpack_dual: Callable[[torch.Tensor], Any] = forward_ad.unpack_dual
 
 
@@ -88,17 +92,19 @@ def is_transformed(leaf: object) -> bool:
 
 def is_tracked(leaf: torch.Tensor) -> bool:
     """Whether someone may ask for the derivative in this tensor."""
-    # A function mode may be an outer estimate that watches whether fn asks such things; this is not fn asking.
-    with torch._C.DisableTorchFunction() if torch._C._len_torch_function_stack() else _NOTHING:
-        if leaf.requires_grad or is_transformed(leaf):
-            return True
-        return forward_mode() and _unpack_dual(leaf).tangent is not None
+    if leaf.requires_grad or is_transformed(leaf):
+        return True
+    return forward_mode() and _unpack_dual(leaf).tangent is not None
 
 
-def differentiate(plan: Plan, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def differentiate(plan: Plan, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The value of ``fn``, with the estimate behind it for autograd."""
-    value: torch.Tensor = _ZeroOrder.apply(plan, *tensors)[0]  # type: ignore[no-untyped-call]
-    return value
+    if torch._C._are_functorch_transforms_active():
+        value: torch.Tensor = _ZeroOrder.apply(plan, *tensors)[0]  # type: ignore[no-untyped-call]
+        return value
+    # torch's own apply first binds the arguments to forward's signature, for defaults that it has not: a tenth of the
+    # smallest estimate's time.
+    return _past_binding(plan, *unwrap_dead_wrappers(tensors))[0]
 
 
 class _ZeroOrder(torch.autograd.Function):
@@ -109,35 +115,32 @@ class _ZeroOrder(torch.autograd.Function):
             return result.value, result._flat
         return result.value, result.coefficients, torch.tensor(plan.keep(result.directions))
 
-    # torch inspects this at every call, which would cost more than the rest of its machinery.
-    forward.__func__.__signature__ = inspect.signature(forward.__func__)  # type: ignore[attr-defined]
-
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        plan, *tensors = inputs
-        ctx.plan = plan
-        ctx.space = plan.space(tensors)
-        ctx.inputs = len(tensors)
-        ctx.shape, ctx.dtype = output[0].shape, output[0].dtype
+        ctx.plan, ctx.inputs = inputs[0], len(inputs)
         ctx.set_materialize_grads(False)
         if len(output) > 2:
             ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*output[1:])
-        ctx.save_for_forward(*output[1:])
+        if torch._C._are_functorch_transforms_active() or forward_mode():
+            ctx.shape, ctx.dtype = output[0].shape, output[0].dtype
+            ctx.save_for_forward(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, cotangent: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[Any, ...]:
-        grads: list[Any] = [None] * (1 + ctx.inputs)
+        grads: list[Any] = [None] * ctx.inputs
         if cotangent is not None:
-            flat = _pull_back(ctx.plan, ctx.space, ctx.saved_tensors, cotangent)
-            for i, leaf in zip(ctx.plan.chosen, ctx.space.cast(ctx.space.split(flat)), strict=True):
+            plan: Plan = ctx.plan
+            space = plan.setup.space
+            flat = _pull_back(plan, ctx.saved_tensors, cotangent)
+            for i, leaf in zip(plan.setup.chosen, space.cast(space.split(flat)), strict=True):
                 grads[1 + i] = leaf
         return tuple(grads)
 
     @staticmethod
     def jvp(ctx: Any, _plan: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        payload, space = ctx.saved_tensors, ctx.space
-        columns = _push_forward(ctx.plan, space, payload, [tangents[i] for i in ctx.plan.chosen])
+        payload = ctx.saved_tensors
+        columns = _push_forward(ctx.plan, payload, [tangents[i] for i in ctx.plan.setup.chosen])
         value = columns.reshape(ctx.shape).to(ctx.dtype)
         # Whoever uses the payload's tangent meets the fence first: see _Fence.
         return value, torch.zeros_like(payload[0]), *(None for _ in payload[1:])
@@ -153,26 +156,29 @@ class _ZeroOrder(torch.autograd.Function):
         return stacked, (0,) * len(stacked)
 
 
-def _pull_back(plan: Plan, space: Space, payload: tuple[torch.Tensor, ...], cotangent: torch.Tensor) -> torch.Tensor:
+# Not through torch.autograd.Function.apply: see differentiate.
+_past_binding: Callable[..., tuple[torch.Tensor, ...]] = super(torch.autograd.Function, _ZeroOrder).apply
+
+
+def _pull_back(plan: Plan, payload: tuple[torch.Tensor, ...], cotangent: torch.Tensor) -> torch.Tensor:
     """Cotangent times Jacobian, flat."""
-    payload = _fenced(payload)
+    payload, space = _fenced(payload), plan.setup.space
     if len(payload) > 1:
-        return _apply(_Contract, plan, space, payload[1], payload[0], cotangent)
+        return _apply(_Contract, plan, payload[1], payload[0], cotangent)
     if cotangent.dim() == 0:
         return payload[0] * cotangent
     weights = by_slice(cotangent.to(payload[0]), space, 0)
     return (payload[0].view(space.slices, space.dim) * weights).view(-1)
 
 
-def _push_forward(
-    plan: Plan, space: Space, payload: tuple[torch.Tensor, ...], tangents: list[torch.Tensor | None]
-) -> torch.Tensor:
+def _push_forward(plan: Plan, payload: tuple[torch.Tensor, ...], tangents: list[torch.Tensor | None]) -> torch.Tensor:
     """Jacobian times tangent, of the shape of the value."""
+    space = plan.setup.space
     like = next((t for t in tangents if t is not None), payload[0])
     leaves = tuple(like.new_zeros(shape) if t is None else t for t, shape in zip(tangents, space.shapes, strict=True))
     payload, vector = _fenced(payload), space.join(leaves)
     if len(payload) > 1:
-        return _apply(_Project, plan, space, payload[1], payload[0], vector)
+        return _apply(_Project, plan, payload[1], payload[0], vector)
     rows = payload[0].view(space.slices, space.dim) * vector.view(space.slices, space.dim)
     return rows.sum(dim=1)
 
@@ -220,11 +226,9 @@ class _Contract(torch.autograd.Function):
     """Coefficients and a cotangent to the flat gradient, the directions replayed."""
 
     @staticmethod
-    def forward(
-        plan: Plan, space: Space, seed: torch.Tensor, coefficients: torch.Tensor, cotangent: torch.Tensor
-    ) -> torch.Tensor:
-        directions = plan.directions(space, int(seed))
-        flat = contract(directions, plan.recipe.sigma, weigh(coefficients, cotangent, space))
+    def forward(plan: Plan, seed: torch.Tensor, coefficients: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
+        recipe, space = plan.setup.recipe, plan.setup.space
+        flat = contract(plan.directions(int(seed)), recipe.sigma, weigh(coefficients, cotangent, space))
         # Under is_grads_batched torch vmaps backward itself, past our vmap below; nothing can be looked at there.
         if not torch._C._functorch.is_legacy_batchedtensor(flat):
             check_gradient(flat, cotangent)
@@ -232,37 +236,35 @@ class _Contract(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.plan, ctx.space, seed, coefficients, cotangent = inputs
+        ctx.plan, seed, coefficients, cotangent = inputs
         ctx.save_for_backward(seed, coefficients, cotangent)
         ctx.save_for_forward(seed, coefficients)
 
     @staticmethod
     def backward(ctx: Any, vector: torch.Tensor) -> tuple[Any, ...]:
         seed, coefficients, cotangent = ctx.saved_tensors
-        values = _apply(_Project, ctx.plan, ctx.space, seed, coefficients, vector)
+        values = _apply(_Project, ctx.plan, seed, coefficients, vector)
         # The coefficients come through a fence, which raises if anything asks for the zero here.
-        return None, None, None, torch.zeros_like(coefficients), values.to(cotangent.dtype)
+        return None, None, torch.zeros_like(coefficients), values.to(cotangent.dtype)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
         # Linear in the last argument; the coefficients come through a fence.
         seed, coefficients = ctx.saved_tensors[:2]
-        return _apply(_Contract, ctx.plan, ctx.space, seed, coefficients, tangents[-1])
+        return _apply(_Contract, ctx.plan, seed, coefficients, tangents[-1])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, space: Space, *tensors: torch.Tensor) -> tuple[Any, int]:
-        return _each(_Contract, info.batch_size, in_dims, plan, space, tensors), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: torch.Tensor) -> tuple[Any, int]:
+        return _each(_Contract, info.batch_size, in_dims, plan, tensors), 0
 
 
 class _Project(torch.autograd.Function):
     """Coefficients and a flat tangent to a tangent of the value: the transpose of _Contract."""
 
     @staticmethod
-    def forward(
-        plan: Plan, space: Space, seed: torch.Tensor, coefficients: torch.Tensor, vector: torch.Tensor
-    ) -> torch.Tensor:
-        directions = plan.directions(space, int(seed))
-        leaves = zip(space.split(vector), plan.recipe.sigma, strict=True)
+    def forward(plan: Plan, seed: torch.Tensor, coefficients: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        directions, space = plan.directions(int(seed)), plan.setup.space
+        leaves = zip(space.split(vector), plan.setup.recipe.sigma, strict=True)
         scaled = space.join(tuple(leaf / sigma for leaf, sigma in leaves))
         family = directions.distribution
         with full_precision(space.device):
@@ -273,25 +275,25 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.plan, ctx.space, seed, coefficients, _ = inputs
+        ctx.plan, seed, coefficients, _ = inputs
         ctx.save_for_backward(seed, coefficients)
         ctx.save_for_forward(seed, coefficients)
 
     @staticmethod
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
         seed, coefficients = ctx.saved_tensors
-        flat = _apply(_Contract, ctx.plan, ctx.space, seed, coefficients, cotangent)
-        return None, None, None, torch.zeros_like(coefficients), flat
+        flat = _apply(_Contract, ctx.plan, seed, coefficients, cotangent)
+        return None, None, torch.zeros_like(coefficients), flat
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
         # Linear in the last argument; the coefficients come through a fence.
         seed, coefficients = ctx.saved_tensors[:2]
-        return _apply(_Project, ctx.plan, ctx.space, seed, coefficients, tangents[-1])
+        return _apply(_Project, ctx.plan, seed, coefficients, tangents[-1])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, space: Space, *tensors: torch.Tensor) -> tuple[Any, int]:
-        return _each(_Project, info.batch_size, in_dims, plan, space, tensors), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: torch.Tensor) -> tuple[Any, int]:
+        return _each(_Project, info.batch_size, in_dims, plan, tensors), 0
 
 
 def _from_slices(columns: torch.Tensor, shape: torch.Size, space: Space) -> torch.Tensor:
@@ -307,9 +309,8 @@ def _each(
     size: int,
     in_dims: tuple[Any, ...],
     plan: Plan,
-    space: Space,
     tensors: tuple[torch.Tensor, ...],
 ) -> torch.Tensor:
-    dims = in_dims[2:]
+    dims = in_dims[1:]
     rows = ([t if d is None else t.select(d, b) for t, d in zip(tensors, dims, strict=True)] for b in range(size))
-    return torch.stack([_apply(function, plan, space, *row) for row in rows])
+    return torch.stack([_apply(function, plan, *row) for row in rows])

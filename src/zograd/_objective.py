@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -129,7 +128,6 @@ class Objective:
     """
 
     def __init__(self, fn: Callable[..., Any], arguments: Arguments, params: Leaves, habits: Habits) -> None:
-        self.name: str = function_name(fn)
         self.params = params
         self.stream: FnStream | None = None
         self.repeated: int = 0  # evaluations beyond one for each point
@@ -137,8 +135,15 @@ class Objective:
         self.shape: torch.Size = torch.Size()
         self._fn = fn
         self._build = arguments.builder()
-        self._others = [t for t in arguments.leaves if isinstance(t, torch.Tensor) and t.requires_grad]
+        chosen = set(arguments.chosen)
+        others = [leaf for i, leaf in enumerate(arguments.leaves) if i not in chosen]
+        self._others = [t for t in others if isinstance(t, torch.Tensor) and t.requires_grad]
         self._habits = habits
+
+    @property
+    def name(self) -> str:
+        """How errors call the function."""
+        return function_name(self._fn)
 
     def center(self, params: Leaves, *, batched: bool = False) -> torch.Tensor:
         """The value at the center, which tells the shape of all others."""
@@ -147,12 +152,12 @@ class Objective:
         value = as_tensor(out, self.name).detach()
         if batched:
             value = self._drop_leading_one(value)
-        exact, dtype = value.to(torch.float64, copy=True), value.dtype
-        if not isinstance(out, torch.Tensor) and any(p.dtype == torch.float64 for p in self.params):
-            dtype = torch.float64
+        # Copies, since fn may have returned a view of its argument.
+        exact = value.clone() if value.dtype == torch.float64 else value.double()
         if isinstance(out, (int, float)):
             exact.fill_(out)  # as exact as the values at the other points
-        self.value, self.shape = exact.to(dtype, copy=True), value.shape
+        number = not isinstance(out, torch.Tensor) and any(p.dtype == torch.float64 for p in self.params)
+        self.value, self.shape = exact.clone() if number else value.clone(), value.shape
         return exact
 
     def __call__(self, params: Leaves, index: int) -> Value:
@@ -191,19 +196,21 @@ class Objective:
         self._begin(index, rows, vmapped=vmapped)
         if self._habits.differentiates:
             return self._run_tracked(run, params, index, rows, vmapped=vmapped)
-        versions = [_version(p) for p in params]
+        versions = _versions(params)
         watch = _WatchAutograd(params) if index == CENTER else None
         try:
-            with watch or _NOTHING:
+            if watch is None:
+                return run(params)
+            with watch:
                 out = run(params)
-            if watch is None or not watch.seen:
+            if not watch.seen:
                 return out
         except (RuntimeError, TypeError, _NeedsGrad) as error:
             if "escaped" in str(error):
                 raise self._closed_over() from error
-            if not wants_grad(error) or (versions != [_version(p) for p in params] and index != CENTER):
+            if not wants_grad(error) or (versions != _versions(params) and index != CENTER):
                 raise
-        if versions != [_version(p) for p in params]:  # the center: make it anew
+        if versions != _versions(params):  # the center: make it anew
             params = tuple(p.clone().view_as(q) for p, q in zip(self.params, params, strict=True))
         self._begin_again(params, index, rows, vmapped=vmapped)
         out = self._run_tracked(run, params, index, rows, vmapped=vmapped)
@@ -259,8 +266,8 @@ class Objective:
         return ValueError(f"{self.name} must return one shape at all points, got {tuple(got)} after {tuple(wanted)}.")
 
 
-def _version(leaf: torch.Tensor) -> int:
-    return -1 if leaf.is_inference() else leaf._version
+def _versions(params: Leaves) -> list[int]:
+    return [-1 if p.is_inference() else p._version for p in params]
 
 
 def commit(fn: Callable[..., Any]) -> None:
@@ -276,6 +283,3 @@ def wants_grad(error: BaseException) -> bool:
 def refuses_grad(error: BaseException) -> bool:
     """Whether fn failed since a differentiated argument requires grad, which numpy will not have."""
     return "numpy() on Tensor that requires grad" in str(error)
-
-
-_NOTHING = contextlib.nullcontext()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from zograd.errors import ReplayError
@@ -138,14 +137,11 @@ class Points:
 
     def rows(self, lo: int, hi: int) -> Iterator[Callable[[float], Leaves]]:
         """For each direction, a function from a side's offset to its point."""
-        d = self.directions
-        parts = d.distribution.parts(d.space, d.noise(lo, hi))
-        for row in zip(*(part.unbind(0) for part in parts), strict=True):
-            yield functools.partial(self._point, row)
-
-    def _point(self, row: Noise, side: float) -> Leaves:
-        d = self.directions
-        return d.distribution.shift(d.space, self.params, row, self._scales[side])
+        d, params, scales = self.directions, self.params, self._scales
+        shift, space = d.distribution.shift, d.space
+        parts = d.distribution.parts(space, d.noise(lo, hi))
+        for row in zip(*[part.unbind(0) for part in parts], strict=True):
+            yield lambda side, row=row: shift(space, params, row, scales[side])  # type: ignore[misc]
 
     def batch(self, lo: int, hi: int, side: float) -> Leaves:
         """The points of directions ``lo`` to ``hi`` at one side, with a leading axis of rows."""

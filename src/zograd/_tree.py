@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, TypeAlias
 
@@ -14,29 +14,32 @@ import torch
 
 _tree_flatten: Callable[[Any], tuple[list[Any], optree.PyTreeSpec]] = optree.tree_flatten
 
-__all__ = ["Arguments", "Leaves", "Space", "flatten", "sigma_per_leaf"]
+__all__ = ["Arguments", "Form", "Leaves", "Space", "flatten", "sigma_per_leaf"]
 
 Leaves: TypeAlias = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """What a call looks like without its leaves; the same object for all calls that look alike."""
+
+    argnums: tuple[int | str, ...]
+    spec: optree.PyTreeSpec
+    trees: tuple[optree.PyTreeSpec, ...]  # the structure of each differentiated argument
+    spans: tuple[range, ...]  # and where its leaves are
 
 
 @dataclass(frozen=True)
 class Arguments:
     """A call's arguments, taken apart: what is differentiated, the other tensors, and everything else."""
 
-    argnums: tuple[int | str, ...]
+    form: Form
     leaves: list[Any]
-    spec: optree.PyTreeSpec
-    trees: list[optree.PyTreeSpec]  # the structure of each differentiated argument
-    spans: list[range]  # and where its leaves are
     chosen: tuple[int, ...]  # the leaves that are differentiated
 
     def params(self) -> Leaves:
         """The differentiated leaves."""
         return tuple(self.leaves[i] for i in self.chosen)
-
-    def with_leaves(self, leaves: list[Any]) -> Arguments:
-        """The same call with other leaves."""
-        return replace(self, leaves=leaves)
 
     def builder(self) -> Callable[[Leaves], tuple[list[Any], dict[str, Any]]]:
         """A function from the differentiated leaves to the call's arguments.
@@ -46,8 +49,9 @@ class Arguments:
         Returns:
             The function; it returns positional and keyword arguments.
         """
-        args, kwargs = optree.tree_unflatten(self.spec, self.leaves)
-        slots = list(zip(self.argnums, map(self._filler, self.trees, self.spans), strict=True))
+        args, kwargs = optree.tree_unflatten(self.form.spec, self.leaves)
+        trees = zip(self.form.trees, self.form.spans, strict=True)
+        slots = list(zip(self.form.argnums, [self._filler(tree, span) for tree, span in trees], strict=True))
 
         def build(params: Leaves) -> tuple[list[Any], dict[str, Any]]:
             positional, keyword = list(args), dict(kwargs)
@@ -79,12 +83,12 @@ class Arguments:
         values = dict(zip(self.chosen, per_leaf, strict=True))
         trees = [
             optree.tree_unflatten(tree, [values.get(i) for i in span])
-            for tree, span in zip(self.trees, self.spans, strict=True)
+            for tree, span in zip(self.form.trees, self.form.spans, strict=True)
         ]
         return tuple(trees) if several else trees[0]
 
 
-def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Sequence[int | str]) -> Arguments:
+def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], argnums: tuple[int | str, ...]) -> Arguments:
     """Take a call apart.
 
     Args:
@@ -96,24 +100,20 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], argnums: Sequence[int
         The arguments, with every leaf in ``argnums`` that is a floating or complex tensor chosen.
     """
     leaves, spec = _tree_flatten((args, kwargs))
+    form = _form(spec, argnums)
+    chosen = tuple([i for span in form.spans for i in span if _is_float(leaves[i])])
+    return Arguments(form, leaves, chosen)
+
+
+@functools.lru_cache(maxsize=256)
+def _form(spec: optree.PyTreeSpec, argnums: tuple[int | str, ...]) -> Form:
     positional, keyword = spec.children()
-    starts = _starts([*positional.children(), *keyword.children()])
-    names = [*range(len(args)), *keyword.entries()]
-    trees, spans = [], []
-    for argnum in argnums:
-        tree, start = starts[names.index(argnum)]
-        trees.append(tree)
-        spans.append(range(start, start + tree.num_leaves))
-    chosen = tuple(i for span in spans for i in span if _is_float(leaves[i]))
-    return Arguments(tuple(argnums), leaves, spec, trees, spans, chosen)
-
-
-def _starts(trees: Sequence[optree.PyTreeSpec]) -> list[tuple[optree.PyTreeSpec, int]]:
-    starts, start = [], 0
-    for tree in trees:
-        starts.append((tree, start))
-        start += tree.num_leaves
-    return starts
+    names = [*range(positional.num_children), *keyword.entries()]
+    children = [*positional.children(), *keyword.children()]
+    starts = [0, *itertools.accumulate(tree.num_leaves for tree in children)]
+    places = [names.index(argnum) for argnum in argnums]
+    spans = tuple(range(starts[k], starts[k + 1]) for k in places)
+    return Form(argnums, spec, tuple(children[k] for k in places), spans)
 
 
 def _is_float(leaf: object) -> bool:
@@ -133,7 +133,7 @@ def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool) -> tuple[
         return (float(sigma),) * len(arguments.chosen)
     trees = sigma if several and isinstance(sigma, (tuple, list)) else (sigma,)
     specs = [optree.tree_structure(tree) for tree in trees]
-    if specs != arguments.trees:
+    if specs != list(arguments.form.trees):
         wanted = str(arguments.structure([Ellipsis] * len(arguments.chosen), several=several)).replace(
             "Ellipsis", "..."
         )
@@ -143,7 +143,7 @@ def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool) -> tuple[
             f"got {sigma}."
         )
     values = [leaf for tree in trees for leaf in optree.tree_leaves(tree)]
-    positions = [i for span in arguments.spans for i in span]
+    positions = [i for span in arguments.form.spans for i in span]
     by_position = dict(zip(positions, values, strict=True))
     return tuple(float(by_position[i]) for i in arguments.chosen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -14,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 
 import torch
 
-from zograd._autograd import Plan, differentiate, forward_mode, is_tracked, is_transformed
+from zograd._autograd import Plan, Setup, differentiate, forward_mode, is_tracked, is_transformed
 from zograd._objective import Habits, as_tensor, commit, function_name, refuses_grad, wants_grad
 from zograd._options import Options
 from zograd._random import plain_call
-from zograd._tree import Arguments, flatten, sigma_per_leaf
+from zograd._tree import Arguments, Space, flatten, sigma_per_leaf
 from zograd.errors import ZeroOrderWarning
 from zograd.estimator import Recipe
 
@@ -35,6 +36,9 @@ __all__ = ["ZeroOrderFunction", "zero_order"]
 
 P = ParamSpec("P")
 
+_NOTHING = contextlib.nullcontext()
+_REMEMBERED = 64  # kinds of calls, by the shapes of their tensors
+
 
 class ZeroOrderFunction(Generic[P]):
     """A function with a gradient from its values; made by :func:`zero_order`."""
@@ -47,6 +51,7 @@ class ZeroOrderFunction(Generic[P]):
         self.options = options
         self._habits = habits or Habits()
         self._typed = function_name(fn)
+        self._setups: dict[Any, Setup] = {}  # by what calls looked like
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
         """Call ``fn``; the result carries the estimate where a gradient can be asked for.
@@ -63,12 +68,12 @@ class ZeroOrderFunction(Generic[P]):
         if not (torch.is_grad_enabled() or forward_mode()):
             return self._plain(args, kwargs)
         arguments = self._arguments(args, kwargs)
-        chosen = tuple(i for i in arguments.chosen if is_tracked(arguments.leaves[i]))
-        if not chosen and any(map(is_transformed, arguments.leaves)):
-            chosen = arguments.chosen  # no derivative is asked for, but fn may be numpy: below the transform it can run
-        if not chosen:
-            return self._plain(args, kwargs)
-        return differentiate(*self._plan(arguments, chosen))
+        with _unwatched():
+            chosen = tuple([i for i in arguments.chosen if is_tracked(arguments.leaves[i])])
+            if not chosen and any(map(is_transformed, arguments.leaves)):
+                chosen = arguments.chosen  # nothing asks, but fn may be numpy: below the transform it can run
+            plan = self._plan(arguments, chosen) if chosen else None
+        return differentiate(*plan) if plan else self._plain(args, kwargs)
 
     def estimate(self, *args: P.args, **kwargs: P.kwargs) -> Estimate:
         """Estimate the gradient of every floating leaf of the differentiated arguments, without autograd.
@@ -81,7 +86,8 @@ class ZeroOrderFunction(Generic[P]):
             The estimate: value, gradient and all they were made of.
         """
         arguments = self._arguments(args, kwargs)
-        plan, tensors = self._plan(arguments, arguments.chosen)
+        with _unwatched():
+            plan, tensors = self._plan(arguments, arguments.chosen)
         several = len(self.options.argnums) > 1
         return plan.estimate(tensors, functools.partial(arguments.structure, several=several))
 
@@ -126,7 +132,8 @@ class ZeroOrderFunction(Generic[P]):
         return any_tensor(out, self._typed)[0]
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        arguments = flatten(args, kwargs, [self._place(a, args, kwargs) for a in self.options.argnums])
+        argnums = tuple([a if a < len(args) else self._place(a, args, kwargs) for a in self.options.argnums])
+        arguments = flatten(args, kwargs, argnums)
         if not arguments.chosen:
             raise ValueError(
                 f"`{self.options.call}(argnums={self.options.argnums})`: no floating-point tensor to differentiate in "
@@ -134,10 +141,8 @@ class ZeroOrderFunction(Generic[P]):
             )
         return arguments
 
-    def _place(self, argnum: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
-        """Where the differentiated argument is: an index, or its name if it came by keyword."""
-        if argnum < len(args):
-            return argnum
+    def _place(self, argnum: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """The name of a differentiated argument that came by keyword."""
         names = self._positional_names
         if argnum < len(names) and names[argnum] in kwargs:
             return names[argnum]
@@ -152,29 +157,39 @@ class ZeroOrderFunction(Generic[P]):
         parameters = inspect.signature(self.fn).parameters.values()
         return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
-    def _plan(self, arguments: Arguments, chosen: tuple[int, ...]) -> tuple[Plan, list[torch.Tensor]]:
+    def _plan(self, arguments: Arguments, chosen: tuple[int, ...]) -> tuple[Plan, tuple[torch.Tensor, ...]]:
+        leaves = arguments.leaves
+        key = (arguments.form, chosen, *map(_signature, leaves))
+        setup = self._setups.get(key)
+        if setup is None:
+            if len(self._setups) >= _REMEMBERED:
+                self._setups.clear()
+            setup = self._setups[key] = self._set_up(arguments, chosen)
+        if setup.lost is not None:
+            _warn_of_lost_gradients(setup.lost, self._typed)
+        others = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        plan = Plan(setup, self.fn, Arguments(arguments.form, others, chosen), self._habits)
+        return plan, tuple([leaves[i] for i in setup.positions])
+
+    def _set_up(self, arguments: Arguments, chosen: tuple[int, ...]) -> Setup:
         o, leaves = self.options, arguments.leaves
-        _check_leaves([leaves[i] for i in chosen], o)
-        _warn_of_lost_gradients(arguments, self._typed)
+        params = tuple(leaves[i] for i in chosen)
+        _check_leaves(params, o)
         positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
-        index = {position: k for k, position in enumerate(positions)}
         sigma = sigma_per_leaf(o.sigma, arguments, several=len(o.argnums) > 1)
-        by_position = dict(zip(arguments.chosen, sigma, strict=True))
-        radii = tuple(by_position[i] for i in chosen)
-        plan = Plan(
-            fn=self.fn,
-            arguments=replace(
-                arguments, leaves=[None if i in index else x for i, x in enumerate(leaves)], chosen=chosen
-            ),
+        radii = dict(zip(arguments.chosen, sigma, strict=True))
+        return Setup(
             positions=positions,
-            chosen=tuple(index[i] for i in chosen),
-            recipe=Recipe(o.distribution, o.method, o.num_samples, radii, o.evaluator, o.shaping),
-            batch_dim=o.batch_dim,
+            chosen=tuple(positions.index(i) for i in chosen),
+            others=tuple((k, i) for k, i in enumerate(positions) if i not in chosen),
+            recipe=Recipe(
+                o.distribution, o.method, o.num_samples, tuple(radii[i] for i in chosen), o.evaluator, o.shaping
+            ),
+            space=Space.of(params, o.batch_dim),
+            lost=_lost_gradient(arguments),
             seed=o.seed,
             generator=o.generator,
-            habits=self._habits,
         )
-        return plan, [leaves[i] for i in positions]
 
     def __get__(self, instance: object, owner: type | None = None) -> ZeroOrderFunction[Any]:
         if instance is None or not hasattr(self.fn, "__get__"):
@@ -221,6 +236,11 @@ def _outside_the_graph(function: ZeroOrderFunction[Any], args: tuple[Any, ...], 
 _outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
+def _unwatched() -> contextlib.AbstractContextManager[Any]:
+    """No function mode: it may be an outer estimate's, which watches what fn asks of tensors; this is not fn asking."""
+    return torch._C.DisableTorchFunction() if torch._C._len_torch_function_stack() else _NOTHING
+
+
 def _look_up(module: str | None, name: str | None) -> Any:
     if module is None or name is None:
         return None
@@ -259,19 +279,27 @@ def _check_leaves(params: Sequence[torch.Tensor], options: Options) -> None:
         _check_slices(params, options.batch_dim, options.call)
 
 
-def _warn_of_lost_gradients(arguments: Arguments, typed: str) -> None:
-    ours = {i for span in arguments.spans for i in span}
-    lost = [
-        x for i, x in enumerate(arguments.leaves) if i not in ours and isinstance(x, torch.Tensor) and x.requires_grad
-    ]
-    if lost:
-        warnings.warn(
-            f"{typed} gets a tensor of shape {tuple(lost[0].shape)} that requires grad outside its differentiated "
-            "arguments: "
-            "it gets no gradient through this call. Name its argument in `argnums`, or detach it.",
-            ZeroOrderWarning,
-            stacklevel=4,
-        )
+def _lost_gradient(arguments: Arguments) -> torch.Size | None:
+    """The shape of a tensor that requires grad and gets none, being in no differentiated argument."""
+    ours = {i for span in arguments.form.spans for i in span}
+    others = (x for i, x in enumerate(arguments.leaves) if i not in ours and isinstance(x, torch.Tensor))
+    return next((x.shape for x in others if x.requires_grad), None)
+
+
+def _warn_of_lost_gradients(shape: torch.Size, typed: str) -> None:
+    warnings.warn(
+        f"{typed} gets a tensor of shape {tuple(shape)} that requires grad outside its differentiated arguments: it "
+        "gets no gradient through this call. Name its argument in `argnums`, or detach it.",
+        ZeroOrderWarning,
+        stacklevel=4,
+    )
+
+
+def _signature(leaf: object) -> Any:
+    """What the checks and the layout of a call depend on."""
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    return leaf.__class__, leaf.shape, leaf.dtype, leaf.device, leaf.layout, leaf.requires_grad
 
 
 def _unsupported(p: torch.Tensor) -> str | None:

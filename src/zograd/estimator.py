@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -30,13 +30,16 @@ if TYPE_CHECKING:
     from zograd._objective import Objective
     from zograd._tree import Leaves, Space
     from zograd.distributions.base import Distribution
-    from zograd.evaluators.base import Evaluator
+    from zograd.evaluators.base import Evaluator, Piece
     from zograd.schemes import Scheme
     from zograd.shaping import Shaping
 
 __all__ = ["Contraction", "Estimate", "Recipe", "estimate"]
 
+Coefficients: TypeAlias = "torch.Tensor | list[float]"
+
 _NAMED = 8  # directions that an error lists
+_FEW = 16  # rows of Python floats up to which plain arithmetic is faster than tensors; the bits are the same
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,13 @@ class Contraction:
         self._waiting: torch.Tensor | None = None  # coefficients of a block that is not whole yet
         self._sum: torch.Tensor | None = None
 
-    def add(self, coefficients: torch.Tensor) -> None:
+    def add(self, coefficients: Coefficients) -> None:
         """Take the coefficients of the next directions, one for each slice, and sum every block that is whole now."""
         d, space = self._directions, self._space
-        c = coefficients.reshape(-1, space.slices).to(device=space.device, dtype=space.dtype)
+        if isinstance(coefficients, list):
+            c = torch.tensor([coefficients], dtype=space.dtype, device=space.device).t()
+        else:
+            c = coefficients.reshape(-1, space.slices).to(device=space.device, dtype=space.dtype)
         if self._waiting is not None:
             c = torch.cat([self._waiting, c])
         used, known = 0, c.shape[0]  # not len(): torch's is a Python function
@@ -121,13 +127,12 @@ def by_slice(values: torch.Tensor, space: Space, lead: int) -> torch.Tensor:
     return values.reshape(*values.shape[:lead], space.slices, -1)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Estimate:
     r"""A gradient estimate and all it was made of.
 
     Attributes:
         value: ``fn`` at the parameters, one plain call, never shaped.
-        coefficients: float64, of shape ``(num_samples, *out)``: what the scheme made of each direction's values.
         directions: the directions, made again when asked for.
         sigma: the smoothing radius of each differentiated leaf.
         seed: what the directions are a function of.
@@ -136,14 +141,19 @@ class Estimate:
     """
 
     value: torch.Tensor
-    coefficients: torch.Tensor
     directions: Directions
     sigma: tuple[float, ...]
     seed: int
     evaluations: int
     failures: int
+    _coefficients: list[Coefficients]
     _flat: torch.Tensor | None
     _structure: Callable[[Leaves], Any]
+
+    @cached_property
+    def coefficients(self) -> torch.Tensor:
+        """What the scheme made of each direction's values: float64, of shape ``(num_samples, *out)``."""
+        return _joined(self._coefficients)
 
     @cached_property
     def grad(self) -> Any:
@@ -229,12 +239,12 @@ def estimate(
     objective.commit()
     return Estimate(
         value=objective.value,
-        coefficients=coefficients,
         directions=directions,
         sigma=recipe.sigma,
         seed=seed,
         evaluations=1 + len(directions) * len(points.sides) + objective.repeated,
         failures=0,
+        _coefficients=coefficients,
         _flat=flat,
         _structure=structure,
     )
@@ -255,35 +265,54 @@ def _warn_below_resolution(params: Leaves, sigma: tuple[float, ...]) -> None:
             )
 
 
-def _run(objective: Objective, recipe: Recipe, points: Points) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The coefficients and, for an objective of one value a slice, the flat gradient."""
-    scheme, space = recipe.scheme, points.directions.space
-    with _closing(recipe.evaluator(objective, points)) as pieces:
+def _run(objective: Objective, recipe: Recipe, points: Points) -> tuple[list[Coefficients], torch.Tensor | None]:
+    """The coefficients by pieces and, for an objective of one value a slice, the flat gradient."""
+    space, sides = points.directions.space, points.sides
+    pieces = recipe.evaluator(objective, points)
+    try:
         center = next(pieces, None)
-        if center is None:
-            raise ValueError("the evaluator must yield the center's value first, got nothing.")
+        if not isinstance(center, torch.Tensor):
+            raise ValueError(f"the evaluator must yield the center's value first, a tensor, got {center!r:.80}.")
         _check_center(center, space, recipe, objective.name)
         contraction = Contraction(points.directions, recipe.sigma) if center.numel() == space.slices else None
-        kept: list[torch.Tensor] = []
+        kept: list[Coefficients] = []
         hi = 0
-        for values in _whole(pieces, points, center):
-            lo, hi = hi, hi + values.shape[0]
-            coefficients = scheme.combine(values, center)
+        for piece in _whole(pieces, points, center):
+            lo, hi = hi, hi + len(piece)
+            coefficients = _combine(recipe.scheme, piece, center)
             if not _all_finite(coefficients):  # a value that is not finite makes its coefficient so
-                raise _not_finite(values, lo, points.sides, objective.name)
-            kept.append(values if recipe.shaping else coefficients)
+                raise _not_finite(_values(piece), lo, sides, objective.name)
+            kept.append(_values(piece) if recipe.shaping else coefficients)
             if contraction is not None and not recipe.shaping:
-                contraction.add(kept[-1])
-    coefficients = kept[0] if len(kept) == 1 else torch.cat(kept)
+                contraction.add(coefficients)
+    finally:
+        if isinstance(pieces, Generator):  # let it clean up now, not when it is collected
+            pieces.close()
     if recipe.shaping:
-        coefficients = _shaped(coefficients, center, recipe)
+        kept = [_shaped(_joined(kept), center, recipe)]
         if contraction is not None:
-            contraction.add(coefficients)
+            contraction.add(kept[0])
     if contraction is None:
-        return coefficients, None
+        return kept, None
     flat = contraction.result()
     check_gradient(flat)
-    return coefficients, flat
+    return kept, flat
+
+
+def _combine(scheme: Scheme, piece: Piece, center: torch.Tensor) -> Coefficients:
+    if isinstance(piece, list) and len(piece) <= _FEW:
+        level = center.item()
+        return [scheme.difference(row, level) for row in piece]
+    return scheme.combine(_values(piece), center)
+
+
+def _values(piece: Piece) -> torch.Tensor:
+    return torch.tensor(piece, dtype=torch.float64) if isinstance(piece, list) else piece
+
+
+def _joined(pieces: list[Coefficients]) -> torch.Tensor:
+    tensors = [torch.tensor(p, dtype=torch.float64) if isinstance(p, list) else p for p in pieces]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def check_gradient(flat: torch.Tensor, cotangent: torch.Tensor | None = None) -> None:
@@ -296,25 +325,17 @@ def check_gradient(flat: torch.Tensor, cotangent: torch.Tensor | None = None) ->
         )
 
 
-@contextlib.contextmanager
-def _closing(pieces: Iterator[torch.Tensor]) -> Generator[Iterator[torch.Tensor]]:
-    """Let an evaluator that is a generator clean up now, not when it is collected."""
-    try:
-        yield pieces
-    finally:
-        if isinstance(pieces, Generator):
-            pieces.close()
-
-
-def _whole(pieces: Iterator[torch.Tensor], points: Points, center: torch.Tensor) -> Iterator[torch.Tensor]:
+def _whole(pieces: Iterator[Piece], points: Points, center: torch.Tensor) -> Iterator[Piece]:
     """The pieces, checked to be the evaluator's whole and in shape."""
     seen, wanted = 0, (len(points.sides), *center.shape)
     for piece in pieces:
-        seen += piece.shape[0]
-        if piece.shape[1:] != wanted or seen > len(points):
+        seen += len(piece)
+        shapes = {(len(row),) for row in piece} if isinstance(piece, list) else {tuple(piece.shape[1:])}
+        if shapes != {wanted} or seen > len(points):
+            got = " and ".join(str((len(piece), *shape)) for shape in shapes)
             raise ValueError(
                 f"the evaluator must yield {len(points)} directions of values of shape {wanted}, got a piece of shape "
-                f"{tuple(piece.shape)} that ends at direction {seen}."
+                f"{got} that ends at direction {seen}."
             )
         yield piece
     if seen < len(points):
@@ -335,10 +356,11 @@ def _shaped(values: torch.Tensor, center: torch.Tensor, recipe: Recipe) -> torch
     return recipe.scheme.combine(shaped.to(values), torch.zeros_like(center))
 
 
-def _all_finite(values: torch.Tensor) -> bool:
+def _all_finite(values: Coefficients) -> bool:
+    if isinstance(values, list):
+        return all(map(math.isfinite, values))
     # A sum is one operation where isfinite and all are two; only if it overflows is it not the answer.
-    total = values if values.dim() == 0 else values.sum()
-    return math.isfinite(total) or bool(torch.isfinite(values).all())
+    return math.isfinite(values if values.numel() == 1 else values.sum()) or bool(torch.isfinite(values).all())
 
 
 def _check_center(center: torch.Tensor, space: Space, recipe: Recipe, name: str) -> None:

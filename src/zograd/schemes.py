@@ -11,10 +11,14 @@ import functools
 import math
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
+
+Value = TypeVar("Value", float, "torch.Tensor")
 
 __all__ = ["ANTITHETIC", "FORWARD", "FOURTH_ORDER", "NAIVE", "SCHEMES", "Scheme"]
 
@@ -104,9 +108,21 @@ class Scheme:
         Returns:
             Coefficients of shape ``(directions, *out)``.
         """
+        return self.difference(sides.unbind(1), center)
+
+    def difference(self, sides: Sequence[Value], center: Value) -> Value:
+        r"""One coefficient :math:`\sum_j w_j f_j`, or a tensor of them.
+
+        Args:
+            sides: one value for each of ``self.sides``, or one tensor of values.
+            center: the value at the center.
+
+        Returns:
+            The weighted sum.
+        """
         # Elementwise, so that the bits cannot depend on how many directions come at once.
-        columns = iter(sides.unbind(1))
-        terms = (w * (next(columns) if c else center) for c, w in zip(self.offsets, self.weights, strict=True))
+        columns = iter(sides)
+        terms = [w * (next(columns) if c else center) for c, w in zip(self.offsets, self.weights, strict=True)]
         return functools.reduce(operator.add, terms)
 
     def __repr__(self) -> str:

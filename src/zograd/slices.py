@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,7 +85,7 @@ def check_slices(
         argnums, fn = options.argnums, fn.fn  # type: ignore[attr-defined]
         batch_dim = batch_dim if options.batch_dim is None else options.batch_dim
     as_tuple = [tuple([a] if isinstance(a, int) else a) for a in (argnums, along)]
-    call = flatten(args, kwargs, as_tuple[0] + as_tuple[1])
+    call = flatten(args, kwargs, (*as_tuple[0], *as_tuple[1]))
     slices = {call.leaves[i].shape[batch_dim] for i in _carrying(call)}
     if len(slices) != 1 or min(slices) < 2:
         raise ValueError(
@@ -104,14 +104,14 @@ def check_slices(
 
 
 def _carrying(call: Arguments) -> list[int]:
-    return [i for span in call.spans for i in span if isinstance(call.leaves[i], torch.Tensor)]
+    return [i for span in call.form.spans for i in span if isinstance(call.leaves[i], torch.Tensor)]
 
 
 def _values(fn: Callable[..., Any], call: Arguments, index: torch.Tensor, batch_dim: int) -> torch.Tensor:
     leaves = call.leaves.copy()
     for i in _carrying(call):
         leaves[i] = leaves[i].detach().index_select(batch_dim, index.to(leaves[i].device))
-    args, kwargs = call.with_leaves(leaves).builder()(tuple(leaves[i] for i in call.chosen))
+    args, kwargs = replace(call, leaves=leaves).builder()(tuple(leaves[i] for i in call.chosen))
     with TorchStream(torch.device("cpu")) as stream:
         stream.seed(0)
         out = plain_call(fn, tuple(args), kwargs)

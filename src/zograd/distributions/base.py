@@ -116,8 +116,9 @@ class Dense(Distribution):
     def add_sum(self, space: Space, noise: Noise, c: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """One matrix-vector product a block."""
         rows = noise[0]
-        if space.slices == 1 and rows.shape[0] == 1 and out is not None:
-            return out.addcmul_(rows[0], c[0, 0])  # without a third vector of the parameters' size
+        if space.slices == 1 and rows.shape[0] == 1:
+            # Without a third vector of the parameters' size.
+            return (rows * c).view(-1) if out is None else out.addcmul_(rows[0], c[0, 0])
         if space.slices == 1:
             block = torch.mv(rows.t(), c[:, 0])
         else:

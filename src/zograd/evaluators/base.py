@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from zograd._objective import Objective
     from zograd._points import Points
 
-__all__ = ["Evaluator", "check_chunk_size", "default_chunk"]
+__all__ = ["Evaluator", "Piece", "check_chunk_size", "default_chunk"]
+
+Piece: TypeAlias = "torch.Tensor | list[list[float]]"
 
 _CACHE = 1 << 19  # values of a chunk: three times as many floats fill about 6 MiB of a last-level cache
 
@@ -30,7 +32,7 @@ class Evaluator(ABC):
     @abstractmethod
     def __call__(
         self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
-    ) -> Iterator[torch.Tensor]:
+    ) -> Iterator[Piece]:
         """Evaluate directions ``lo`` to ``hi``.
 
         Args:
@@ -43,7 +45,8 @@ class Evaluator(ABC):
 
         Yields:
             First the center's value, of shape ``out``, if asked for; then float64 values of shape
-            ``(directions, sides, *out)``, any number of directions at a time, in order, each exactly once.
+            ``(directions, sides, *out)``, any number of directions at a time, in order, each exactly once. Rows of
+            Python floats will do in place of a tensor where ``fn`` returns one value.
         """
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from zograd._objective import Objective
     from zograd._points import Points
+    from zograd.evaluators.base import Piece
 
 __all__ = ["Batched"]
 
@@ -46,7 +47,7 @@ class Batched(Evaluator):
 
     def __call__(
         self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
-    ) -> Iterator[torch.Tensor]:
+    ) -> Iterator[Piece]:
         """Yield chunk by chunk."""
         if center:
             yield fn.center(tuple(leaf.unsqueeze(0) for leaf in points.center()), batched=True)

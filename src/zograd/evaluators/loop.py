@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from zograd._objective import Objective, Value
     from zograd._points import Points
+    from zograd.evaluators.base import Piece
 
 __all__ = ["Loop"]
 
@@ -32,7 +33,7 @@ class Loop(Evaluator):
 
     def __call__(
         self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
-    ) -> Iterator[torch.Tensor]:
+    ) -> Iterator[Piece]:
         """Yield block by block, and at once what holds a value that is not finite, since each call may be slow."""
         if center:
             yield fn.center(points.center())
@@ -51,7 +52,7 @@ def _finite(row: list[Value]) -> bool:
     return all(math.isfinite(value) for value in row if type(value) is float)
 
 
-def _stack(rows: list[list[Value]]) -> torch.Tensor:
+def _stack(rows: list[list[Value]]) -> Piece:
     if isinstance(rows[0][0], float):
-        return torch.tensor(rows, dtype=torch.float64)
+        return rows  # type: ignore[return-value]
     return torch.stack([torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in row]) for row in rows])

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from zograd._objective import Objective
     from zograd._points import Points
+    from zograd.evaluators.base import Piece
 
 __all__ = ["Vmap"]
 
@@ -44,7 +45,7 @@ class Vmap(Evaluator):
 
     def __call__(
         self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
-    ) -> Iterator[torch.Tensor]:
+    ) -> Iterator[Piece]:
         """Yield chunk by chunk."""
         if center:
             yield fn.center(points.center())
