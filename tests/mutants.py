@@ -79,8 +79,8 @@ MUTANTS = [
     Mutant(
         "the pair evaluated with different noise",
         "_points.py",
-        "shift(space, params, row, scales[side])",
-        "shift(space, params, row if side > 0 else [r.flip(0) for r in row], scales[side])",
+        "shift(d.space, self.params, parts, self._scales[side], out)",
+        "shift(d.space, self.params, parts if side > 0 else [p.flip(-1) for p in parts], self._scales[side], out)",
         (EXACT, STATISTICS),
     ),
     Mutant(
@@ -124,8 +124,8 @@ MUTANTS = [
     Mutant(
         "noise in the parameter's low precision",
         "distributions/base.py",
-        "torch.add(leaf.to(eps.dtype), eps, alpha=scale).to(leaf.dtype)",
-        "torch.add(leaf, (eps * scale).to(leaf.dtype))",
+        "point = torch.add(leaf.to(eps.dtype), eps, alpha=scale)",
+        "point = torch.add(leaf, (eps * scale).to(leaf.dtype))",
         (EXACT, STATISTICS, "test_distributions.py"),
     ),
     Mutant(

@@ -180,24 +180,28 @@ class Recorded(Gaussian):
         super().draw(space, noise, seed, block)
 
 
+@pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("size", [1000, 40_000])
 @pytest.mark.parametrize(
     ("evaluator", "chunk"),
     [("loop", None), ("vmap", 3), ("vmap", 70), ("vmap", 150), ("batched", 10), ("batched", None)],
 )
-def test_each_direction_is_made_once_and_few_are_held(evaluator, chunk, size):
+def test_each_direction_is_made_once_and_few_are_held(evaluator, chunk, size, prefetch):
     from zograd import evaluators
 
     family = Recorded()
     made = {"loop": evaluators.Loop, "vmap": evaluators.Vmap, "batched": evaluators.Batched}[evaluator]
     fn = torch.vmap(torch.sum) if evaluator == "batched" else torch.sum
-    options = {"num_samples": 150, "evaluator": made() if evaluator == "loop" else made(chunk)}
+    options = {
+        "num_samples": 150,
+        "evaluator": made(prefetch) if evaluator == "loop" else made(chunk, prefetch=prefetch),
+    }
     estimate = zero_order(family, "antithetic", **options)(fn).estimate(torch.zeros(size))
     block = estimate.directions.block
     assert family.drawn == list(range(-(-150 // block)))
-    # One block, or one chunk of whole blocks, and while the next is made the one before.
+    # One block, or one chunk of whole blocks, and the next if it is made ahead; while sizes change, the one before.
     chunk = chunk or (1 if evaluator == "loop" else max(1, (1 << 19) // size))
-    assert family.most <= 2 * max(block, chunk)
+    assert family.most <= (2 + prefetch) * max(block, chunk)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

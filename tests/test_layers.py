@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "zograd"
 LEVELS = [
     ("L0", ["errors", "_versions"]),
     ("L1.0", ["schemes", "shaping"]),
-    ("L1.1", ["_tree", "_random"]),
+    ("L1.1", ["_tree", "_random", "_reuse", "_threads"]),
     ("L2.0", ["distributions.base"]),
     ("L2.1", ["distributions.gaussian", "distributions.rademacher", "distributions.sphere"]),
     ("L2.2", ["distributions.adapter"]),

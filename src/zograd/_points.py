@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from zograd._reuse import Room
+from zograd._threads import cores, second_thread
 from zograd.errors import ReplayError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    import torch
+    from concurrent.futures import Future
 
     from zograd._tree import Leaves, Space
     from zograd.distributions.base import Distribution, Noise
 
 __all__ = ["Directions", "Points"]
+
+# Values of a span that a second thread makes ahead by default: fewer are made faster than handed over, and more would
+# take a fourth vector of the parameters' size where memory counts.
+_LEAST_AHEAD, _MOST_AHEAD = 1 << 17, 1 << 22
 
 
 class Directions:
@@ -22,7 +32,7 @@ class Directions:
 
     Nothing is stored but the span of blocks made last: what an evaluator has just used is what the estimator sums next,
     so each direction is made once, and neither of them knows of the other. Only directions that cannot be made again (a
-    user's ``sample`` on numpy) are kept.
+    user's ``sample`` on numpy) are kept. With ``prefetch`` a second thread makes the next span meanwhile.
 
     Args:
         distribution: the family.
@@ -38,6 +48,7 @@ class Directions:
         self.num = num
         self.block: int = distribution.rows(space, num)
         self.replayable: bool = distribution.replayable(space)
+        self.prefetch: bool | None = False  # make the next span in a second thread; None: where it gains
         self._forget()
 
     def _forget(self) -> None:
@@ -45,6 +56,7 @@ class Directions:
         self._noise: Noise = ()
         self._scratch: Noise = ()
         self._kept: list[Noise] = []
+        self._next: tuple[int, int, Noise, Future[Noise]] | None = None
 
     def __len__(self) -> int:
         return self.num
@@ -77,14 +89,40 @@ class Directions:
         return noise if noise and noise[0].shape[0] == rows else self.distribution.empty(self.space, rows)
 
     def _load(self, first: int, last: int) -> None:
-        lo, hi = first * self.block, min(last * self.block, self.num)
-        self._noise = self._room(self._noise, hi - lo)
-        self._span = range(0)  # in case drawing fails halfway
+        room, self._span = self._noise, range(0)  # empty in case drawing fails halfway
+        if self._next is not None and self._next[:2] == (first, last):
+            _, _, self._noise, made = self._next
+            made.result()
+        else:
+            if self._next is not None:
+                wait([self._next[3]])  # it may not be written to any more
+            room, self._noise = (), self._fill(first, last, room)
+        lo, hi = self._bounds(first, last)
+        self._next = None
+        if hi < self.num and self._makes_ahead((hi - lo) * self.space.size):
+            stop = min(2 * last - first, -(-self.num // self.block))
+            room = self._room(room, operator.sub(*reversed(self._bounds(last, stop))))
+            self._next = last, stop, room, second_thread().submit(self._fill, last, stop, room)
+        self._span = range(lo, hi)
+
+    def _bounds(self, first: int, last: int) -> tuple[int, int]:
+        return first * self.block, min(last * self.block, self.num)
+
+    def _makes_ahead(self, values: int) -> bool:
+        if not (self.replayable and self.distribution.parallel) or self.space.device.type != "cpu":
+            return False
+        if self.prefetch is None:
+            return _LEAST_AHEAD <= values <= _MOST_AHEAD and cores() > 1 and not torch.is_inference_mode_enabled()
+        return self.prefetch and not torch.is_inference_mode_enabled()
+
+    def _fill(self, first: int, last: int, room: Noise) -> Noise:
+        lo, hi = self._bounds(first, last)
+        noise = self._room(room, hi - lo)
         for block in range(first, last):
             start = block * self.block - lo
             whole = last - first == 1
-            self._draw(block, self._noise if whole else tuple(p[start : start + self.block] for p in self._noise))
-        self._span = range(lo, hi)
+            self._draw(block, noise if whole else tuple(p[start : start + self.block] for p in noise))
+        return noise
 
     def _draw(self, block: int, noise: Noise) -> None:
         if self.replayable:
@@ -104,7 +142,7 @@ class Directions:
                 f"the directions of {self.distribution} cannot be made again elsewhere: its `sample` gave two answers "
                 "for one state of torch's random stream. Draw from torch's random functions in it."
             )
-        return {**self.__dict__, "_span": range(0), "_noise": (), "_scratch": (), "_kept": []}
+        return {**self.__dict__, "_span": range(0), "_noise": (), "_scratch": (), "_kept": [], "_next": None}
 
     def __repr__(self) -> str:
         return f"Directions({self.distribution}, num={self.num}, size={self.space.size}, seed={self.seed})"
@@ -127,6 +165,7 @@ class Points:
         self.directions = directions
         self.sides = sides
         self._scales = {c: tuple(c * s for s in sigma) for c in sides}
+        self._room = Room()
 
     def __len__(self) -> int:
         return len(self.directions)
@@ -137,17 +176,20 @@ class Points:
 
     def rows(self, lo: int, hi: int) -> Iterator[Callable[[float], Leaves]]:
         """For each direction, a function from a side's offset to its point."""
-        d, params, scales = self.directions, self.params, self._scales
-        shift, space = d.distribution.shift, d.space
-        parts = d.distribution.parts(space, d.noise(lo, hi))
+        d = self.directions
+        parts = d.distribution.parts(d.space, d.noise(lo, hi))
         for row in zip(*[part.unbind(0) for part in parts], strict=True):
-            yield lambda side, row=row: shift(space, params, row, scales[side])  # type: ignore[misc]
+            yield functools.partial(self._point, row)
 
     def batch(self, lo: int, hi: int, side: float) -> Leaves:
         """The points of directions ``lo`` to ``hi`` at one side, with a leading axis of rows."""
         d = self.directions
-        parts = d.distribution.parts(d.space, d.noise(lo, hi))
-        return d.distribution.shift(d.space, self.params, parts, self._scales[side])
+        return self._point(d.distribution.parts(d.space, d.noise(lo, hi)), side)
+
+    def _point(self, parts: Noise, side: float) -> Leaves:
+        d = self.directions
+        out = self._room.take()
+        return self._room.give(d.distribution.shift(d.space, self.params, parts, self._scales[side], out))
 
     def spans(self, chunk: int, lo: int, hi: int | None) -> Iterator[tuple[int, int]]:
         """Spans of about ``chunk`` directions that cover ``lo`` to ``hi`` and cut no block they could keep whole.

@@ -8,6 +8,7 @@ from typing import ClassVar, TypeAlias
 import torch
 
 from zograd._random import Purpose, key
+from zograd._reuse import Rooms
 from zograd._tree import Leaves, Space
 
 __all__ = ["Dense", "Distribution", "Noise"]
@@ -30,6 +31,8 @@ class Distribution(ABC):
     """Whether each direction's marginals are standard normal: what Stein's identities rest on."""
     independent: ClassVar[bool] = True
     """Whether directions are independent of each other: what a standard error over directions rests on."""
+    parallel: ClassVar[bool] = False
+    """Whether ``draw`` may run in a second thread while ``fn`` is evaluated, and gains by it."""
 
     def scale(self, space: Space) -> float:
         """The factor s above."""
@@ -58,8 +61,11 @@ class Distribution(ABC):
         """What ``shift`` takes: tensors with a leading row axis, which may be taken off."""
 
     @abstractmethod
-    def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> Leaves:
-        """The point ``params + scale * eps``, ``scale`` by leaf; a row axis of ``parts`` is kept in front."""
+    def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...], rooms: Rooms = ()) -> Leaves:
+        """The point ``params + scale * eps``, ``scale`` by leaf; a row axis of ``parts`` is kept in front.
+
+        ``rooms`` are tensors of an earlier point, or None, which may be written to and returned if they fit.
+        """
 
     @abstractmethod
     def add_sum(self, space: Space, noise: Noise, c: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
@@ -109,9 +115,9 @@ class Dense(Distribution):
         """Views by leaf."""
         return space.split(noise[0])
 
-    def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> Leaves:
+    def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...], rooms: Rooms = ()) -> Leaves:
         """Each leaf moved in the compute dtype and rounded once."""
-        return tuple(map(_shift, params, parts, scale))
+        return tuple(map(_shift, params, parts, scale, rooms or [None] * len(params)))
 
     def add_sum(self, space: Space, noise: Noise, c: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """One matrix-vector product a block."""
@@ -133,7 +139,10 @@ class Dense(Distribution):
         return torch.matmul(by_slice, vector.view(space.slices, space.dim, 1)).squeeze(2).t()
 
 
-def _shift(leaf: torch.Tensor, eps: torch.Tensor, scale: float) -> torch.Tensor:
+def _shift(leaf: torch.Tensor, eps: torch.Tensor, scale: float, room: torch.Tensor | None) -> torch.Tensor:
+    if room is not None and room.shape != eps.shape:
+        room = None
     if leaf.dtype == eps.dtype:
-        return torch.add(leaf, eps, alpha=scale)
-    return torch.add(leaf.to(eps.dtype), eps, alpha=scale).to(leaf.dtype)
+        return torch.add(leaf, eps, alpha=scale, out=room)
+    point = torch.add(leaf.to(eps.dtype), eps, alpha=scale)
+    return point.to(leaf.dtype) if room is None else room.copy_(point)

@@ -31,6 +31,7 @@ class Gaussian(Dense):
     """
 
     gaussian_marginals: ClassVar[bool] = True
+    parallel: ClassVar[bool] = True
 
     def fill(self, out: torch.Tensor, generator: torch.Generator) -> None:
         """Standard normal values."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from zograd.distributions.base import Dense
@@ -37,10 +39,17 @@ class Rademacher(Dense):
     def fill(self, out: torch.Tensor, generator: torch.Generator) -> None:
         """Signs, one random bit each."""
         integer, width, sign, one = _BITS[out.dtype]
-        words = -(-out.numel() // width)
-        random = torch.empty(words, 1, dtype=torch.int64, device=out.device)
+        random = torch.empty(-(-out.numel() // 64), dtype=torch.int64, device=out.device)
         random.random_(-(1 << 63), None, generator=generator)
-        shifts = torch.arange(width, dtype=integer, device=out.device)
+        whole = out.numel() % 64 == 0
+        signs = (out.view(integer) if whole else out.new_empty(random.numel() * 64).view(integer)).view(-1, width)
         # Shift each of a word's bits to the sign's place, drop the others, and put the bits of 1.0 below it.
-        bits = (random.to(integer) << shifts).bitwise_and_(sign).bitwise_or_(one)
-        out.copy_(bits.view(-1)[: out.numel()].view(out.dtype))
+        torch.bitwise_left_shift(random.view(integer).unsqueeze(1), _shifts(integer, width, out.device), out=signs)
+        signs.bitwise_and_(sign).bitwise_or_(one)
+        if not whole:
+            out.copy_(signs.view(-1)[: out.numel()].view(out.dtype))
+
+
+@functools.cache
+def _shifts(integer: torch.dtype, width: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(width, dtype=integer, device=device)

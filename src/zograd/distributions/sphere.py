@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -32,6 +32,8 @@ class Sphere(Dense):
     References:
         Flaxman et al., "Online convex optimization in the bandit setting" (arXiv:cs/0408007).
     """
+
+    parallel: ClassVar[bool] = True
 
     def fill(self, out: torch.Tensor, generator: torch.Generator) -> None:
         """Standard normal values, whose direction is uniform."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from zograd._objective import Objective
     from zograd._points import Points
 
-__all__ = ["Evaluator", "Piece", "check_chunk_size", "default_chunk"]
+__all__ = ["Evaluator", "Piece", "check_chunk_size", "check_prefetch", "default_chunk"]
 
 Piece: TypeAlias = "torch.Tensor | list[list[float]]"
 
@@ -71,6 +71,15 @@ def check_chunk_size(chunk_size: int | None, name: str) -> int | None:
     if chunk_size < 1:
         raise ValueError(f"`{name}(chunk_size=...)` must be at least 1, got {chunk_size}.")
     return chunk_size
+
+
+def check_prefetch(prefetch: bool | None, name: str) -> bool | None:
+    """Refuse what is neither a bool nor None."""
+    if prefetch is not None and not isinstance(prefetch, bool):
+        raise TypeError(
+            f"`{name}(prefetch=...)` must be a bool or None, got {type(prefetch).__name__} {prefetch!r:.80}."
+        )
+    return prefetch
 
 
 def default_chunk(points: Points) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zograd.evaluators.base import Evaluator
+from zograd.evaluators.base import Evaluator, check_prefetch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +22,14 @@ __all__ = ["Loop"]
 class Loop(Evaluator):
     """Evaluate point by point, in this thread: works with any ``fn``.
 
+    Args:
+        prefetch: whether a second thread makes the next direction while ``fn`` runs, for one more vector of the
+            parameters' size; None does so where it gains: from 131072 to 4 million parameters on the CPU, if there is a
+            second core. The numbers are the same.
+
+    Raises:
+        TypeError: if ``prefetch`` is neither a bool nor None.
+
     Examples:
         >>> import torch, zograd
         >>> @zograd.zero_order(method="antithetic", num_samples=2, evaluator="loop")
@@ -31,12 +39,16 @@ class Loop(Evaluator):
         True
     """
 
+    def __init__(self, prefetch: bool | None = None) -> None:
+        self.prefetch: bool | None = check_prefetch(prefetch, "Loop")
+
     def __call__(
         self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
     ) -> Iterator[Piece]:
         """Yield block by block, and at once what holds a value that is not finite, since each call may be slow."""
         if center:
             yield fn.center(points.center())
+        points.directions.prefetch = self.prefetch
         for start, stop in points.spans(points.directions.block, lo, hi):
             rows: list[list[Value]] = []
             for i, point in enumerate(points.rows(start, stop), start):

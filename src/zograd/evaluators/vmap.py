@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zograd.evaluators.base import Evaluator, check_chunk_size, default_chunk
+from zograd.evaluators.base import Evaluator, check_chunk_size, check_prefetch, default_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,8 +27,11 @@ class Vmap(Evaluator):
         chunk_size: directions in one call; None chooses by the number of parameters and the cache. Memory is this many
             times what one call needs.
 
+        prefetch: whether a second thread makes the directions of the next chunk while ``fn`` runs; None does so where
+            it gains, see :class:`Loop`.
+
     Raises:
-        TypeError: if ``chunk_size`` is not an int.
+        TypeError: if ``chunk_size`` is not an int, or ``prefetch`` neither a bool nor None.
         ValueError: if it is below 1.
 
     Examples:
@@ -40,8 +43,9 @@ class Vmap(Evaluator):
         1001
     """
 
-    def __init__(self, chunk_size: int | None = None) -> None:
+    def __init__(self, chunk_size: int | None = None, *, prefetch: bool | None = None) -> None:
         self.chunk_size: int | None = check_chunk_size(chunk_size, "Vmap")
+        self.prefetch: bool | None = check_prefetch(prefetch, "Vmap")
 
     def __call__(
         self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
@@ -50,6 +54,7 @@ class Vmap(Evaluator):
         if center:
             yield fn.center(points.center())
         shared = fn.stream is not None and fn.stream.shared
+        points.directions.prefetch = self.prefetch
         for start, stop in points.spans(self.chunk_size or default_chunk(points), lo, hi):
             sides = [self._side(fn, points, start, stop, side, shared=shared) for side in points.sides]
             yield torch.stack(sides, dim=1)

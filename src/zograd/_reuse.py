@@ -1,0 +1,66 @@
+"""Memory used again where nobody kept it: fresh pages cost an evaluation at a million parameters as much as it does."""
+
+from __future__ import annotations
+
+import sys
+from typing import TypeAlias
+
+import torch
+
+__all__ = ["Room", "Rooms"]
+
+Rooms: TypeAlias = "tuple[torch.Tensor | None, ...]"
+
+_SMALL = 1 << 15  # values up to which an allocator has memory at hand
+
+
+def _holders(tensor: torch.Tensor) -> tuple[int, ...]:
+    """References to the tensor and to its memory, from Python and from below: by names, graphs, views and the like."""
+    memory = tensor.untyped_storage()
+    below = tensor._use_count(), torch._C._storage_Use_Count(memory._cdata)  # type: ignore[attr-defined]
+    return sys.getrefcount(tensor), sys.getrefcount(memory), *below
+
+
+def _unshared(leaves: list[torch.Tensor]) -> Rooms:
+    free: list[torch.Tensor | None] = []
+    while leaves:
+        leaf = leaves.pop()
+        small = leaf.numel() <= _SMALL or leaf.requires_grad or leaf.is_inference()
+        free.append(None if small or _holders(leaf) != _ALONE else leaf)
+    return tuple(reversed(free))
+
+
+class Room:
+    """Tensors of one size after the other, in the same memory as long as nobody holds on to it.
+
+    A function may keep its argument, or anything that shares its memory; then the next tensor gets memory of its own.
+    """
+
+    def __init__(self) -> None:
+        self._leaves: tuple[torch.Tensor, ...] = ()
+
+    def take(self) -> Rooms:
+        """The tensors of :meth:`give` that nobody else holds, None in place of the others."""
+        leaves, self._leaves = self._leaves, ()
+        waiting = list(leaves)
+        del leaves
+        return _unshared(waiting)
+
+    def give(self, leaves: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Remember tensors to be used again."""
+        self._leaves = leaves
+        return leaves
+
+
+_ALONE: tuple[int, ...] = ()  # matches nothing
+
+
+def _measure_alone() -> tuple[int, ...]:
+    """What :func:`_holders` says in :func:`_unshared` of a tensor that nobody else holds; it differs by version."""
+    leaves = [torch.empty(_SMALL + 1)]
+    leaf = leaves.pop()
+    return _holders(leaf)
+
+
+if hasattr(torch.Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count"):
+    _ALONE = _measure_alone()
