@@ -677,3 +677,26 @@ def test_another_estimate_in_the_same_thread_is_undisturbed_by_threads_inside_fn
 
     alone = coefficients(few_draws)
     assert torch.equal(coefficients(fn), coefficients(reference))
+
+
+@pytest.mark.parametrize("method", ["antithetic", "fourth_order"])
+def test_sides_come_in_one_vectorized_call_until_fn_is_seen_to_draw(method):
+    calls = []
+
+    def fn(x):
+        calls.append(x.shape)
+        return (x + torch.randn(3)).sum() if noisy else x.sum()
+
+    f = zero_order(method=method, num_samples=8, sigma=0.1, evaluator="vmap", seed=1)(fn)
+    sides = len(f.options.method.sides)
+    noisy = False
+    assert (f.estimate(torch.zeros(3)).evaluations, len(calls)) == (1 + 8 * sides, 2)
+    calls.clear()
+    noisy = True
+    # The one call is given up where fn draws, since a pair must see the same numbers; that is counted and remembered.
+    assert (f.estimate(torch.zeros(3)).evaluations, len(calls)) == (1 + 2 * 8 * sides, 2 + sides)
+    calls.clear()
+    again = f.estimate(torch.zeros(3))
+    assert (again.evaluations, len(calls)) == (1 + 8 * sides, 1 + sides)
+    exact = f.replace(evaluator="loop").estimate(torch.zeros(3))
+    torch.testing.assert_close(again.coefficients.std(), exact.coefficients.std(), rtol=0.9, atol=0)

@@ -72,6 +72,8 @@ class Habits:
 
     differentiates: bool = False
     """Whether it uses autograd, maybe with respect to its differentiated arguments."""
+    draws: bool = False
+    """Whether it draws torch random numbers where many points are evaluated at once."""
 
 
 class _NeedsGrad(BaseException):
@@ -138,7 +140,7 @@ class Objective:
         chosen = set(arguments.chosen)
         others = [leaf for i, leaf in enumerate(arguments.leaves) if i not in chosen]
         self._others = [t for t in others if isinstance(t, torch.Tensor) and t.requires_grad]
-        self._habits = habits
+        self.habits = habits
 
     @property
     def name(self) -> str:
@@ -172,15 +174,16 @@ class Objective:
             return out.item()
         return out.detach().to(torch.float64, copy=True)
 
-    def many(self, params: Leaves, lo: int, hi: int, *, vmapped: bool, randomness: str = "error") -> torch.Tensor:
-        """The values at many points at once, ``params`` having a leading axis: one float64 row a point."""
+    def many(self, params: Leaves, lo: int, *, vmapped: bool, randomness: str = "error") -> torch.Tensor:
+        """The values at many points, directions ``lo`` and on: ``params`` has a leading axis, and they a row each."""
+        rows = params[0].shape[0]
         if vmapped:
             # The check for a tensor comes inside: vmap has its own words for anything else.
             function = torch.vmap(lambda p: as_tensor(self._call(self._fn, p), self.name), randomness=randomness)
             out: torch.Tensor = self._evaluate(params, lo, None, function, vmapped=True)
         else:
-            out = as_tensor(self._evaluate(params, lo, range(lo, hi), self._fn), self.name)
-        wanted = torch.Size((hi - lo, *self.shape))
+            out = as_tensor(self._evaluate(params, lo, range(lo, lo + rows), self._fn), self.name)
+        wanted = torch.Size((rows, *self.shape))
         if out.shape != wanted:
             raise self._wrong_shape(out.shape, wanted)
         return out.detach().to(torch.float64, copy=True)
@@ -194,7 +197,7 @@ class Objective:
     ) -> Any:
         run = fn if vmapped else functools.partial(self._call, fn)
         self._begin(index, rows, vmapped=vmapped)
-        if self._habits.differentiates:
+        if self.habits.differentiates:
             return self._run_tracked(run, params, index, rows, vmapped=vmapped)
         versions = _versions(params)
         watch = _WatchAutograd(params) if index == CENTER else None
@@ -214,7 +217,7 @@ class Objective:
             params = tuple(p.clone().view_as(q) for p, q in zip(self.params, params, strict=True))
         self._begin_again(params, index, rows, vmapped=vmapped)
         out = self._run_tracked(run, params, index, rows, vmapped=vmapped)
-        self._habits.differentiates = True  # only now: the complaint may have been about something else
+        self.habits.differentiates = True  # only now: the complaint may have been about something else
         return out
 
     def _run_tracked(

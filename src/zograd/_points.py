@@ -181,10 +181,14 @@ class Points:
         for row in zip(*[part.unbind(0) for part in parts], strict=True):
             yield functools.partial(self._point, row)
 
-    def batch(self, lo: int, hi: int, side: float) -> Leaves:
-        """The points of directions ``lo`` to ``hi`` at one side, with a leading axis of rows."""
+    def batch(self, lo: int, hi: int, sides: tuple[float, ...]) -> Leaves:
+        """The points of directions ``lo`` to ``hi`` side after side, with a leading axis of rows."""
         d = self.directions
-        return self._point(d.distribution.parts(d.space, d.noise(lo, hi)), side)
+        parts = d.distribution.parts(d.space, d.noise(lo, hi))
+        if len(sides) == 1:
+            return self._point(parts, sides[0])
+        columns = zip(*[self._point(parts, side) for side in sides], strict=True)
+        return tuple(map(torch.cat, columns))
 
     def _point(self, parts: Noise, side: float) -> Leaves:
         d = self.directions

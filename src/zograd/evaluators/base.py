@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from zograd._objective import Objective
     from zograd._points import Points
 
-__all__ = ["Evaluator", "Piece", "check_chunk_size", "check_prefetch", "default_chunk"]
+__all__ = ["Evaluator", "Piece", "check_chunk_size", "check_prefetch", "default_chunk", "fitting_rows"]
 
 Piece: TypeAlias = "torch.Tensor | list[list[float]]"
 
@@ -83,5 +84,12 @@ def check_prefetch(prefetch: bool | None, name: str) -> bool | None:
 
 
 def default_chunk(points: Points) -> int:
-    """As many directions as the last-level cache holds with their points and intermediate results."""
+    """Directions in a call: about as many as the cache holds with their points and results, in calls of equal size."""
+    num, block = len(points), points.directions.block
+    even = math.ceil(num / max(1, round(num / fitting_rows(points))))
+    return even if even < block else math.ceil(even / block) * block
+
+
+def fitting_rows(points: Points) -> int:
+    """Points whose values, with those of their directions and results, fit into a last-level cache."""
     return max(1, _CACHE // points.directions.space.size)

@@ -57,5 +57,5 @@ class Batched(Evaluator):
             yield fn.center(tuple(leaf.unsqueeze(0) for leaf in points.center()), batched=True)
         points.directions.prefetch = self.prefetch
         for start, stop in points.spans(self.chunk_size or default_chunk(points), lo, hi):
-            sides = [fn.many(points.batch(start, stop, side), start, stop, vmapped=False) for side in points.sides]
+            sides = [fn.many(points.batch(start, stop, (side,)), start, vmapped=False) for side in points.sides]
             yield torch.stack(sides, dim=1)

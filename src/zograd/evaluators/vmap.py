@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zograd.evaluators.base import Evaluator, check_chunk_size, check_prefetch, default_chunk
+from zograd.evaluators.base import Evaluator, check_chunk_size, check_prefetch, default_chunk, fitting_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,23 +53,40 @@ class Vmap(Evaluator):
         """Yield chunk by chunk."""
         if center:
             yield fn.center(points.center())
-        shared = fn.stream is not None and fn.stream.shared
         points.directions.prefetch = self.prefetch
         for start, stop in points.spans(self.chunk_size or default_chunk(points), lo, hi):
-            sides = [self._side(fn, points, start, stop, side, shared=shared) for side in points.sides]
-            yield torch.stack(sides, dim=1)
+            yield self._values(fn, points, start, stop)
 
-    def _side(self, fn: Objective, points: Points, lo: int, hi: int, side: float, *, shared: bool) -> torch.Tensor:
-        batch = points.batch(lo, hi, side)
-        try:
-            return fn.many(batch, lo, hi, vmapped=True, randomness="same" if shared else "different")
-        except RuntimeError as error:
-            if not _concerns_vmap(error):
-                raise
-            raise RuntimeError(
-                f'{fn.name} cannot be vectorized by `evaluator="vmap"`: use `evaluator="loop"`, which calls it point '
-                f"by point. torch said: {error}"
-            ) from error
+    def _values(self, fn: Objective, points: Points, lo: int, hi: int) -> torch.Tensor:
+        sides, shared = points.sides, fn.stream is not None and fn.stream.shared
+        if (shared or not fn.habits.draws) and len(sides) * (hi - lo) <= fitting_rows(points):
+            # All sides in one call, which must not draw unless they all draw the same.
+            rows = _side(fn, points, lo, hi, sides, "same" if shared else "error")
+            if rows is not None:
+                return rows.view(len(sides), hi - lo, *rows.shape[1:]).transpose(0, 1)
+        randomness = "same" if shared else "different"
+        columns = [_side(fn, points, lo, hi, (side,), randomness) for side in sides]
+        return torch.stack([column for column in columns if column is not None], dim=1)
+
+
+def _side(
+    fn: Objective, points: Points, lo: int, hi: int, sides: tuple[float, ...], randomness: str
+) -> torch.Tensor | None:
+    """The values side after side; None if ``fn`` drew although it should not."""
+    batch = points.batch(lo, hi, sides)
+    try:
+        return fn.many(batch, lo, vmapped=True, randomness=randomness)
+    except RuntimeError as error:
+        if randomness == "error" and "randomness error mode" in str(error):
+            fn.habits.draws = True
+            fn.repeated += batch[0].shape[0]
+            return None
+        if not _concerns_vmap(error):
+            raise
+        raise RuntimeError(
+            f'{fn.name} cannot be vectorized by `evaluator="vmap"`: use `evaluator="loop"`, which calls it point '
+            f"by point. torch said: {error}"
+        ) from error
 
 
 def _concerns_vmap(error: RuntimeError) -> bool:
