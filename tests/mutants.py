@@ -100,8 +100,8 @@ MUTANTS = [
     Mutant(
         "same noise in equal shapes",
         "distributions/base.py",
-        "            self.fill(part, generator)\n",
-        "            self.fill(part, generator)\n"
+        "            self._fill_tile(part, generator, space, seed, block, tile)\n",
+        "            self._fill_tile(part, generator, space, seed, block, tile)\n"
         "        for (a, b), (c, d) in zip(space.bounds, space.bounds[1:]):\n"
         "            if b - a == d - c:\n"
         "                noise[0][:, c:d] = noise[0][:, a:b]\n",

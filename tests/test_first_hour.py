@@ -570,7 +570,6 @@ def test_low_rank_directions():
     assert net.zero_order_options.distribution == zograd.distributions.LowRank(rank=1)
 
 
-@later("the in-place optimizer comes later")
 def test_fine_tune_in_the_memory_of_inference():
     """Fine-tune a model that only just fits: in place, no gradient stored."""
     model = nn.Linear(4, 1)

@@ -4,13 +4,14 @@ Gradients of functions that have none to give (simulators, metrics, discrete cho
 values alone, so that ``loss.backward()`` and every optimizer of PyTorch work as usual.
 """
 
-from zograd import distributions, evaluators, nn, schemes, shaping
+from zograd import distributions, evaluators, nn, optim, schemes, shaping
 from zograd._options import Options
 from zograd._random import current_seed, current_seeds
 from zograd._versions import __version__, show_versions
 from zograd.decorator import ZeroOrderFunction, zero_order
 from zograd.errors import NonFiniteError, ReplayError, SecondDerivativeError, SharedStreamError, ZeroOrderWarning
 from zograd.estimator import Estimate
+from zograd.optim import replay
 from zograd.schemes import ANTITHETIC, FORWARD, FOURTH_ORDER, NAIVE, Scheme
 from zograd.slices import SliceCheck, check_slices
 
@@ -18,6 +19,8 @@ __all__ = [  # noqa: RUF022 - grouped as the reader meets them
     # the front door
     "zero_order",
     "nn",
+    "optim",
+    "replay",
     "check_slices",
     "current_seed",
     "current_seeds",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import operator
 from concurrent.futures import wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from zograd._reuse import Room
 from zograd._threads import cores, second_thread
+from zograd.distributions.base import Dense
 from zograd.errors import ReplayError
 
 if TYPE_CHECKING:
@@ -73,6 +74,28 @@ class Directions:
         if (lo, hi) == (start, self._span.stop):
             return self._noise
         return tuple(part[lo - start : hi - start] for part in self._noise)
+
+    @property
+    def tiled(self) -> bool:
+        """Whether a part of a direction can be made without the rest."""
+        family = self.distribution
+        return self.block == 1 and isinstance(family, Dense) and type(family).draw is Dense.draw and self.replayable
+
+    def values(self, i: int, lo: int, hi: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Flat values ``lo`` to ``hi`` of direction ``i``, those of a long one by tiles if the family has them.
+
+        Returns:
+            Where each run of values begins, and the run; valid until the next.
+        """
+        family, space = self.distribution, self.space
+        if self.tiled:
+            return cast("Dense", family).tiles(space, self.seed, i, lo, hi)
+        noise = self.noise(i, i + 1)
+        if isinstance(family, Dense):
+            return iter([(lo, noise[0][0, lo:hi])])
+        parts = tuple(part[0] for part in family.parts(space, noise))
+        zeros = tuple(torch.zeros(shape, dtype=space.dtype, device=space.device) for shape in space.shapes)
+        return iter([(lo, space.join(family.shift(space, zeros, parts, (1.0,) * len(zeros)))[lo:hi])])
 
     def add_sum(self, lo: int, c: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """``out + sum_i c_i eps_i`` over the block that begins at ``lo``; ``c`` is (rows, slices)."""

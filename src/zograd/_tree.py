@@ -14,7 +14,7 @@ import torch
 
 _tree_flatten: Callable[[Any], tuple[list[Any], optree.PyTreeSpec]] = optree.tree_flatten
 
-__all__ = ["Arguments", "Form", "Leaves", "Space", "flatten", "sigma_per_leaf"]
+__all__ = ["Arguments", "Form", "Leaves", "Space", "flatten", "sigma_per_leaf", "take_apart", "unsupported"]
 
 Leaves: TypeAlias = tuple[torch.Tensor, ...]
 
@@ -148,9 +148,30 @@ def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool) -> tuple[
     return tuple(float(by_position[i]) for i in arguments.chosen)
 
 
+def take_apart(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves of a tree, and what puts such leaves together again."""
+    leaves, spec = _tree_flatten(tree)
+    return leaves, functools.partial(optree.tree_unflatten, spec)
+
+
 def numbers(tree: Any) -> list[Any]:
     """The leaves of a tree of numbers."""
     return list(optree.tree_leaves(tree))
+
+
+def unsupported(p: torch.Tensor) -> str | None:
+    """What kind of tensor this is that cannot be differentiated, if it is one."""
+    if p.is_complex():
+        return f"a complex tensor ({p.dtype})"
+    if p.layout != torch.strided:
+        return f"a sparse tensor ({p.layout})"
+    if p.is_quantized:
+        return f"a quantized tensor ({p.dtype})"
+    if p.is_meta:
+        return "a meta tensor (without values)"
+    if hasattr(p, "device_mesh"):
+        return "a DTensor (differentiate its local part)"
+    return None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from zograd._autograd import Plan, Setup, differentiate, forward_mode, is_tracke
 from zograd._objective import Habits, as_tensor, commit, function_name, refuses_grad, wants_grad
 from zograd._options import Options
 from zograd._random import plain_call
-from zograd._tree import Arguments, Space, flatten, sigma_per_leaf
+from zograd._tree import Arguments, Space, flatten, sigma_per_leaf, unsupported
 from zograd.errors import ZeroOrderWarning
 from zograd.estimator import Recipe
 
@@ -262,7 +262,7 @@ def any_tensor(out: Any, name: str) -> torch.Tensor:
 def _check_leaves(params: Sequence[torch.Tensor], options: Options) -> None:
     typed = f"`{options.call}(argnums={options.argnums})`"
     for p in params:
-        kind = _unsupported(p)
+        kind = unsupported(p)
         if kind:
             raise TypeError(
                 f"{typed}: differentiated tensors must be dense and real, got {kind} of shape {tuple(p.shape)}."
@@ -300,20 +300,6 @@ def _signature(leaf: object) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return None
     return leaf.__class__, leaf.shape, leaf.dtype, leaf.device, leaf.layout, leaf.requires_grad
-
-
-def _unsupported(p: torch.Tensor) -> str | None:
-    if p.is_complex():
-        return f"a complex tensor ({p.dtype})"
-    if p.layout != torch.strided:
-        return f"a sparse tensor ({p.layout})"
-    if p.is_quantized:
-        return f"a quantized tensor ({p.dtype})"
-    if p.is_meta:
-        return "a meta tensor (without values)"
-    if hasattr(p, "device_mesh"):
-        return "a DTensor (differentiate its local part)"
-    return None
 
 
 def _check_slices(params: Sequence[torch.Tensor], batch_dim: int, call: str) -> None:

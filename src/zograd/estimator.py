@@ -227,7 +227,7 @@ def estimate(
         NonFiniteError: if a value is nan or infinite.
         ValueError: if the evaluator's values do not fit together.
     """
-    _warn_below_resolution(objective.params, recipe.sigma)
+    warn_below_resolution(objective.params, recipe.sigma, "zero_order")
     directions = recipe.directions(space, seed)
     points = Points(objective.params, directions, recipe.sigma, recipe.scheme.sides)
     # User code needs grad mode, whoever calls us: an inner training loop is the main use.
@@ -250,7 +250,7 @@ def estimate(
     )
 
 
-def _warn_below_resolution(params: Leaves, sigma: tuple[float, ...]) -> None:
+def warn_below_resolution(params: Leaves, sigma: tuple[float, ...], call: str) -> None:
     """A half-precision leaf rounds small steps away, and with them its gradient."""
     for leaf, radius in zip(params, sigma, strict=True):
         if leaf.dtype not in (torch.bfloat16, torch.float16):
@@ -258,7 +258,7 @@ def _warn_below_resolution(params: Leaves, sigma: tuple[float, ...]) -> None:
         resolution = torch.finfo(leaf.dtype).eps * float(leaf.abs().mean(dtype=torch.float32))
         if radius < resolution / 2:
             warnings.warn(
-                f"`zero_order(sigma=...)` is {radius:g}, below the resolution of {leaf.dtype} at a typical parameter, "
+                f"`{call}(sigma=...)` is {radius:g}, below the resolution of {leaf.dtype} at a typical parameter, "
                 f"{resolution:.2g}: most perturbations round to nothing. Use a larger sigma or float32 parameters.",
                 ZeroOrderWarning,
                 stacklevel=2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -105,11 +106,31 @@ class Dense(Distribution):
         """Fill the block by tiles, a stream each."""
         values = noise[0].view(-1)
         parts = torch.split(values, TILE) if values.numel() > TILE else (values,)
-        tiles = -(-max(BLOCK, space.size) // TILE)  # of a whole block, so that a last, partial one keeps its keys
         generator = torch.Generator(space.device)
         for tile, part in enumerate(parts):
-            generator.manual_seed(key(seed, Purpose.DIRECTION, block * tiles + tile))
-            self.fill(part, generator)
+            self._fill_tile(part, generator, space, seed, block, tile)
+
+    def _fill_tile(
+        self, out: torch.Tensor, generator: torch.Generator, space: Space, seed: int, block: int, tile: int
+    ) -> None:
+        tiles = -(-max(BLOCK, space.size) // TILE)  # of a whole block, so that a last, partial one keeps its keys
+        generator.manual_seed(key(seed, Purpose.DIRECTION, block * tiles + tile))
+        self.fill(out, generator)
+
+    def tiles(self, space: Space, seed: int, row: int, lo: int, hi: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Values ``lo`` to ``hi`` of one row, where a block is a row, without room for more than a tile.
+
+        Yields:
+            Where a run of values begins, and the run; valid until the next.
+        """
+        room = torch.empty(min(TILE, space.size), dtype=space.dtype, device=space.device)
+        generator = torch.Generator(space.device)
+        for tile in range(lo // TILE, -(-hi // TILE)):
+            start = tile * TILE
+            part = room[: min(TILE, space.size - start)]
+            self._fill_tile(part, generator, space, seed, row, tile)
+            first = max(lo, start)
+            yield first, part[first - start : hi - start]
 
     def parts(self, space: Space, noise: Noise) -> Noise:
         """Views by leaf."""
