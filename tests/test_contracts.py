@@ -97,6 +97,8 @@ every_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES.keys(
 
 
 def directions_of(distribution, space, num=7, seed=5):
+    if space.batch_dim is not None and isinstance(distribution, distributions.LowRank):
+        pytest.skip("has no form by slices")
     return Directions(distribution, space, seed, num)
 
 
@@ -114,7 +116,8 @@ def rows_of(directions, lo=0, hi=None):
 @every_distribution
 @every_space
 def test_a_direction_is_a_function_of_its_key(distribution, space):
-    directions = directions_of(distribution, space, num=2 * distribution.rows(space, 7) + 3 if space.size > 1000 else 7)
+    block = directions_of(distribution, space).block
+    directions = directions_of(distribution, space, num=2 * block + 3 if space.size > 1000 else 7)
     whole = rows_of(directions)
     assert whole.dtype == space.dtype
     assert torch.isfinite(whole).all()
@@ -131,7 +134,7 @@ def test_a_direction_is_a_function_of_its_key(distribution, space):
 @every_distribution
 @every_space
 def test_directions_differ_by_seed_by_block_by_row_and_by_leaf(distribution, space):
-    num = 2 * distribution.rows(space, 100) + 1 if space.size > 1000 else 12
+    num = 2 * directions_of(distribution, space).block + 1 if space.size > 1000 else 12
     rows = rows_of(directions_of(distribution, space, num))
     other = rows_of(directions_of(distribution, space, num, seed=5 + 2**32))  # torch itself reads 32 bits of a seed
     assert not torch.equal(rows, other)
@@ -164,7 +167,11 @@ def test_parts_shift_sum_and_dot_agree(distribution, space):
             assert leaf.dtype == p.dtype
             assert leaf.shape == p.shape
             assert torch.equal(leaf, many[i])
-            assert torch.equal(leaf, torch.add(p.to(space.dtype), eps, alpha=s).to(p.dtype))
+            wanted = torch.add(p.to(space.dtype), eps, alpha=s).to(p.dtype)
+            if distribution.factored:  # which rounds the product once less
+                torch.testing.assert_close(leaf, wanted)
+            else:
+                assert torch.equal(leaf, wanted)
 
     c = torch.randn(7, space.slices, dtype=space.dtype, generator=generator)
     out = torch.ones(space.size, dtype=space.dtype)

@@ -558,7 +558,6 @@ def test_ranks_as_in_evolution_strategies():
     assert (decorated.estimate(torch.zeros(3)).grad.sum()) > 0
 
 
-@later("low-rank directions come later")
 def test_low_rank_directions():
     """Perturb big layers by low-rank noise that shares the base product."""
     net = zograd.nn.ZeroOrder(

@@ -8,7 +8,7 @@ from torch import nn
 
 import zograd
 from zograd import NonFiniteError, ReplayError, ZeroOrderWarning, zero_order
-from zograd.distributions import Gaussian, Rademacher, Sphere
+from zograd.distributions import Gaussian, LowRank, Rademacher, Sphere
 from zograd.optim import MeZO, Records, replay
 
 SMALL = [(3, 5), (7,), (2, 3, 4)]
@@ -32,7 +32,7 @@ def trained(params, steps=1, loss=loss_of, **options):
 
 
 @pytest.mark.parametrize("num_samples", [1, 3])
-@pytest.mark.parametrize("distribution", [Gaussian(), Rademacher(), Sphere()], ids=str)
+@pytest.mark.parametrize("distribution", [Gaussian(), Rademacher(), Sphere(), LowRank()], ids=str)
 @pytest.mark.parametrize("shapes", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_step_is_sgd_on_the_antithetic_estimate(shapes, distribution, num_samples, dtype):

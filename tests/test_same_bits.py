@@ -4,11 +4,17 @@ import pytest
 import torch
 
 from zograd import zero_order
-from zograd.distributions import Gaussian, Rademacher, Sphere
+from zograd.distributions import Gaussian, LowRank, Rademacher, Sphere
 from zograd.evaluators import Batched, Loop, Vmap
 from zograd.shaping import leave_one_out
 
-FAMILIES = {"gaussian": Gaussian(), "rademacher": Rademacher(), "sphere": Sphere(), "function": torch.randn}
+FAMILIES = {
+    "gaussian": Gaussian(),
+    "rademacher": Rademacher(),
+    "sphere": Sphere(),
+    "low rank": LowRank(2),
+    "function": torch.randn,
+}
 
 # Parameters, directions (never a multiple of the block of about 2**16 values) and chunks below, at and above a block.
 SIZES = {

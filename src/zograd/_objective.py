@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch.overrides import TorchFunctionMode
 
+from zograd._factored import dense
 from zograd._random import CENTER, FnStream
 
 if TYPE_CHECKING:
@@ -174,13 +175,29 @@ class Objective:
             return out.item()
         return out.detach().to(torch.float64, copy=True)
 
-    def many(self, params: Leaves, lo: int, *, vmapped: bool, randomness: str = "error") -> torch.Tensor:
-        """The values at many points, directions ``lo`` and on: ``params`` has a leading axis, and they a row each."""
+    def many(
+        self,
+        params: Leaves,
+        lo: int,
+        *,
+        vmapped: bool,
+        randomness: str = "error",
+        point: Callable[[Leaves], Leaves] | None = None,
+    ) -> torch.Tensor:
+        """The values at many points, directions ``lo`` and on: ``params`` has a leading axis, and they a row each.
+
+        With ``point`` the rows of ``params`` are what points are made of, inside the vectorized call.
+
+        Returns:
+            The values in float64.
+        """
         rows = params[0].shape[0]
         if vmapped:
             # The check for a tensor comes inside: vmap has its own words for anything else.
-            function = torch.vmap(lambda p: as_tensor(self._call(self._fn, p), self.name), randomness=randomness)
-            out: torch.Tensor = self._evaluate(params, lo, None, function, vmapped=True)
+            def one(row: Leaves) -> torch.Tensor:
+                return as_tensor(dense(self._call(self._fn, point(row) if point else row)), self.name)
+
+            out: torch.Tensor = self._evaluate(params, lo, None, torch.vmap(one, randomness=randomness), vmapped=True)
         else:
             out = as_tensor(self._evaluate(params, lo, range(lo, lo + rows), self._fn), self.name)
         wanted = torch.Size((rows, *self.shape))

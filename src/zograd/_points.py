@@ -188,6 +188,7 @@ class Points:
         self.directions = directions
         self.sides = sides
         self._scales = {c: tuple(c * s for s in sigma) for c in sides}
+        self._sigma = sigma
         self._room = Room()
 
     def __len__(self) -> int:
@@ -212,6 +213,13 @@ class Points:
             return self._point(parts, sides[0])
         columns = zip(*[self._point(parts, side) for side in sides], strict=True)
         return tuple(map(torch.cat, columns))
+
+    def factors(self, lo: int, hi: int, sides: tuple[float, ...]) -> tuple[Noise, Callable[[Noise], Leaves]]:
+        """What the points of :meth:`batch` are made of, by rows, and a function from one row to its point."""
+        d = self.directions
+        family, space, params = d.distribution, d.space, self.params
+        rows = family.mirrored(space, family.parts(space, d.noise(lo, hi)), sides)
+        return rows, lambda row: family.factor(space, params, row, self._sigma)
 
     def _point(self, parts: Noise, side: float) -> Leaves:
         d = self.directions

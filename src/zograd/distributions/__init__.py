@@ -2,7 +2,8 @@
 
 from zograd.distributions.base import Dense, Distribution
 from zograd.distributions.gaussian import Gaussian
+from zograd.distributions.low_rank import LowRank
 from zograd.distributions.rademacher import Rademacher
 from zograd.distributions.sphere import Sphere
 
-__all__ = ["Dense", "Distribution", "Gaussian", "Rademacher", "Sphere"]
+__all__ = ["Dense", "Distribution", "Gaussian", "LowRank", "Rademacher", "Sphere"]

@@ -12,7 +12,7 @@ from zograd._random import Purpose, key
 from zograd._reuse import Rooms
 from zograd._tree import Leaves, Space
 
-__all__ = ["Dense", "Distribution", "Noise"]
+__all__ = ["Dense", "Distribution", "Noise", "Tiled"]
 
 Noise: TypeAlias = tuple[torch.Tensor, ...]
 
@@ -34,6 +34,8 @@ class Distribution(ABC):
     """Whether directions are independent of each other: what a standard error over directions rests on."""
     parallel: ClassVar[bool] = False
     """Whether ``draw`` may run in a second thread while ``fn`` is evaluated, and gains by it."""
+    factored: ClassVar[bool] = False
+    """Whether points have a form that shares the parameters between directions: ``factor`` and ``mirrored``."""
 
     def scale(self, space: Space) -> float:
         """The factor s above."""
@@ -68,6 +70,15 @@ class Distribution(ABC):
         ``rooms`` are tensors of an earlier point, or None, which may be written to and returned if they fit.
         """
 
+    def factor(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> Leaves:
+        """The same point for one row of ``parts``, in a form that shares ``params``; called inside ``torch.vmap``."""
+        return self.shift(space, params, parts, scale)
+
+    def mirrored(self, space: Space, parts: Noise, sides: tuple[float, ...]) -> Noise:
+        """The parts of ``side * eps`` for each side, side after side."""
+        del space
+        return tuple(torch.cat([part * side for side in sides]) for part in parts)
+
     @abstractmethod
     def add_sum(self, space: Space, noise: Noise, c: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """``out + sum_i c_i eps_i``, in place if there is an ``out``; ``c`` is (rows, slices), ``out`` (size,)."""
@@ -86,21 +97,25 @@ class Distribution(ABC):
         return hash(type(self))
 
 
-class Dense(Distribution):
-    """A family whose noise is a plain matrix; a simple one writes ``fill`` and nothing else."""
+class Tiled(Distribution):
+    """A family whose noise is one matrix, filled by tiles that are a stream each."""
 
     @abstractmethod
     def fill(self, out: torch.Tensor, generator: torch.Generator) -> None:
         """Fill a vector with values of mean 0 and variance 1, in place."""
 
+    @abstractmethod
+    def width(self, space: Space) -> int:
+        """Values in one row of noise."""
+
     def rows(self, space: Space, num: int) -> int:
         """As many rows as make about 2**16 values."""
         del num
-        return max(1, BLOCK // space.size)
+        return max(1, BLOCK // self.width(space))
 
     def empty(self, space: Space, rows: int) -> Noise:
-        """One matrix (rows, size) in the compute dtype."""
-        return (torch.empty(rows, space.size, dtype=space.dtype, device=space.device),)
+        """One matrix (rows, width) in the compute dtype."""
+        return (torch.empty(rows, self.width(space), dtype=space.dtype, device=space.device),)
 
     def draw(self, space: Space, noise: Noise, seed: int, block: int) -> None:
         """Fill the block by tiles, a stream each."""
@@ -113,9 +128,17 @@ class Dense(Distribution):
     def _fill_tile(
         self, out: torch.Tensor, generator: torch.Generator, space: Space, seed: int, block: int, tile: int
     ) -> None:
-        tiles = -(-max(BLOCK, space.size) // TILE)  # of a whole block, so that a last, partial one keeps its keys
+        tiles = -(-max(BLOCK, self.width(space)) // TILE)  # of a whole block: a last, partial one keeps its keys
         generator.manual_seed(key(seed, Purpose.DIRECTION, block * tiles + tile))
         self.fill(out, generator)
+
+
+class Dense(Tiled):
+    """A family whose noise is the matrix of its directions; a simple one writes ``fill`` and nothing else."""
+
+    def width(self, space: Space) -> int:
+        """All values of a direction."""
+        return space.size
 
     def tiles(self, space: Space, seed: int, row: int, lo: int, hi: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Values ``lo`` to ``hi`` of one row, where a block is a row, without room for more than a tile.

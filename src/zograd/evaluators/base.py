@@ -20,6 +20,8 @@ Piece: TypeAlias = "torch.Tensor | list[list[float]]"
 
 _CACHE = 1 << 19  # values of a chunk: three times as many floats fill about 6 MiB of a last-level cache
 
+_SHARING = 16  # points that share their parameters: best or near it for networks of 10 thousand to 10 million of them
+
 
 class Evaluator(ABC):
     """Calls ``fn`` on points and yields the values in order, in pieces of any size.
@@ -86,10 +88,15 @@ def check_prefetch(prefetch: bool | None, name: str) -> bool | None:
 def default_chunk(points: Points) -> int:
     """Directions in a call: about as many as the cache holds with their points and results, in calls of equal size."""
     num, block = len(points), points.directions.block
-    even = math.ceil(num / max(1, round(num / fitting_rows(points))))
+    fitting = fitting_rows(points)
+    if points.directions.distribution.factored:  # all sides come in one call
+        fitting = max(1, fitting // len(points.sides))
+    even = math.ceil(num / max(1, round(num / fitting)))
     return even if even < block else math.ceil(even / block) * block
 
 
 def fitting_rows(points: Points) -> int:
     """Points whose values, with those of their directions and results, fit into a last-level cache."""
+    if points.directions.distribution.factored:
+        return _SHARING  # their results are what takes room, of which nothing is known
     return max(1, _CACHE // points.directions.space.size)

@@ -73,13 +73,16 @@ def _side(
     fn: Objective, points: Points, lo: int, hi: int, sides: tuple[float, ...], randomness: str
 ) -> torch.Tensor | None:
     """The values side after side; None if ``fn`` drew although it should not."""
-    batch = points.batch(lo, hi, sides)
+    if points.directions.distribution.factored:
+        rows, point = points.factors(lo, hi, sides)
+    else:
+        rows, point = points.batch(lo, hi, sides), None
     try:
-        return fn.many(batch, lo, vmapped=True, randomness=randomness)
+        return fn.many(rows, lo, vmapped=True, randomness=randomness, point=point)
     except RuntimeError as error:
         if randomness == "error" and "randomness error mode" in str(error):
             fn.habits.draws = True
-            fn.repeated += batch[0].shape[0]
+            fn.repeated += rows[0].shape[0]
             return None
         if not _concerns_vmap(error):
             raise
