@@ -11,12 +11,14 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := $(BIN)/python
+BENCH := .venv-bench
+BENCH_RUN := $(BENCH)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # Two pip runs at once would break the environment.
 .NOTPARALLEL:
-.PHONY: help setup test test-statistics mutants demo lint format types ci build clean FORCE
+.PHONY: help setup test test-statistics mutants demo bench bench-quick lint format types ci build clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +36,12 @@ mutants: $(VENV)/.stamp-tests  ## plant bugs one by one and check that the tests
 
 demo: $(VENV)/.stamp-examples  ## run the quickstart example
 	$(RUN) examples/quickstart.py
+
+bench: $(BENCH)/.stamp  ## compare speed and memory with other packages, in an environment of its own (10 minutes)
+	cd benchmarks && ../$(BENCH_RUN) compare.py && ../$(BENCH_RUN) memory.py && ../$(BENCH_RUN) fixed_cost.py
+
+bench-quick: $(BENCH)/.stamp  ## compare speed on the smaller workloads (2 minutes)
+	cd benchmarks && ../$(BENCH_RUN) compare.py --quick
 
 lint: $(VENV)/.stamp-lint  ## check the format and the style
 	$(RUN) -m ruff format --check .
@@ -54,12 +62,17 @@ build: $(VENV)/.stamp-build  ## build the source distribution and the wheel into
 	$(RUN) -m build
 
 clean:  ## remove .venv and everything that was built
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp .stamp-<extra> says that the extra of pyproject.toml is installed.
 $(VENV)/.stamp-%: pyproject.toml $(VENV)/constraints.txt
 	$(RUN) -m pip install -q --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[$*]'
+	@touch $@
+
+$(BENCH)/.stamp: pyproject.toml benchmarks/requirements.txt benchmarks/constraints.txt
+	$(PYTHON) -m venv --clear $(BENCH)
+	$(BENCH_RUN) -m pip install -q --disable-pip-version-check -c benchmarks/constraints.txt -r benchmarks/requirements.txt -e .
 	@touch $@
 
 # The two records below are looked at on each run, but change only if PYTHON or the constraints do.

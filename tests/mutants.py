@@ -79,8 +79,8 @@ MUTANTS = [
     Mutant(
         "the pair evaluated with different noise",
         "_points.py",
-        "shift(d.space, self.params, parts, self._scales[side], out)",
-        "shift(d.space, self.params, parts if side > 0 else [p.flip(-1) for p in parts], self._scales[side], out)",
+        "shift(d.space, self.params, parts, self._scales[side], rooms)",
+        "shift(d.space, self.params, parts if side > 0 else [p.flip(-1) for p in parts], self._scales[side], rooms)",
         (EXACT, STATISTICS),
     ),
     Mutant(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from zograd._reuse import Room
+from zograd._reuse import Room, is_small
 from zograd._threads import cores, second_thread
 from zograd.distributions.base import Dense
 from zograd.errors import ReplayError
@@ -202,16 +202,17 @@ class Points:
         """For each direction, a function from a side's offset to its point."""
         d = self.directions
         parts = d.distribution.parts(d.space, d.noise(lo, hi))
+        small = is_small(d.space.size)
         for row in zip(*[part.unbind(0) for part in parts], strict=True):
-            yield functools.partial(self._point, row)
+            yield functools.partial(self._point, row, small)
 
     def batch(self, lo: int, hi: int, sides: tuple[float, ...]) -> Leaves:
         """The points of directions ``lo`` to ``hi`` side after side, with a leading axis of rows."""
         d = self.directions
         parts = d.distribution.parts(d.space, d.noise(lo, hi))
         if len(sides) == 1:
-            return self._point(parts, sides[0])
-        columns = zip(*[self._point(parts, side) for side in sides], strict=True)
+            return self._point(parts, False, sides[0])
+        columns = zip(*[self._point(parts, False, side) for side in sides], strict=True)
         return tuple(map(torch.cat, columns))
 
     def factors(self, lo: int, hi: int, sides: tuple[float, ...]) -> tuple[Noise, Callable[[Noise], Leaves]]:
@@ -221,10 +222,11 @@ class Points:
         rows = family.mirrored(space, family.parts(space, d.noise(lo, hi)), sides)
         return rows, lambda row: family.factor(space, params, row, self._sigma)
 
-    def _point(self, parts: Noise, side: float) -> Leaves:
+    def _point(self, parts: Noise, small: bool, side: float) -> Leaves:
         d = self.directions
-        out = self._room.take()
-        return self._room.give(d.distribution.shift(d.space, self.params, parts, self._scales[side], out))
+        rooms = () if small else self._room.take()
+        point = d.distribution.shift(d.space, self.params, parts, self._scales[side], rooms)
+        return point if small else self._room.give(point)
 
     def spans(self, chunk: int, lo: int, hi: int | None) -> Iterator[tuple[int, int]]:
         """Spans of about ``chunk`` directions that cover ``lo`` to ``hi`` and cut no block they could keep whole.

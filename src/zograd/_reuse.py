@@ -8,11 +8,16 @@ from typing import TypeAlias
 
 import torch
 
-__all__ = ["Room", "Rooms"]
+__all__ = ["Room", "Rooms", "is_small"]
 
 Rooms: TypeAlias = "tuple[torch.Tensor | None, ...]"
 
-_SMALL = 1 << 15  # values up to which an allocator has memory at hand
+_SMALL = 1 << 15
+
+
+def is_small(values: int) -> bool:
+    """Whether an allocator has room for so many values at hand."""
+    return values <= _SMALL
 
 
 def _holders(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -26,7 +31,7 @@ def _unshared(leaves: list[torch.Tensor]) -> Rooms:
     free: list[torch.Tensor | None] = []
     while leaves:
         leaf = leaves.pop()
-        small = leaf.numel() <= _SMALL or leaf.requires_grad or leaf.is_inference()
+        small = is_small(leaf.numel()) or leaf.requires_grad or leaf.is_inference()
         free.append(None if small or _holders(leaf) != _ALONE else leaf)
     return tuple(reversed(free))
 
@@ -49,7 +54,7 @@ class Room:
 
     def give(self, leaves: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Remember tensors to be used again."""
-        if any(leaf.numel() > _SMALL for leaf in leaves):
+        if not all(is_small(leaf.numel()) for leaf in leaves):
             keep_pages()
         self._leaves = leaves
         return leaves

@@ -1,0 +1,203 @@
+"""Who is timed: each function returns a call that makes one whole estimate with its gradient, or None if not there."""
+
+import importlib.util
+
+import torch
+
+import zograd
+from zograd.distributions import Gaussian, LowRank, Rademacher
+from zograd.evaluators import Loop, Vmap
+
+SIGMA = 0.01
+
+
+def there(name):
+    return importlib.util.find_spec(name) is not None
+
+
+def ours(workload, distribution=None, evaluator=None):
+    fn = zograd.zero_order(
+        distribution, method="antithetic", num_samples=workload.num, sigma=SIGMA, evaluator=evaluator or Loop()
+    )(workload.loss)
+    return lambda: torch.autograd.grad(fn(workload.params), workload.params)
+
+
+def ours_on_the_module(workload, distribution, evaluator):
+    module = zograd.nn.ZeroOrder(workload.module, distribution, "antithetic", workload.num, SIGMA, evaluator=evaluator)
+    params = list(workload.module.parameters())
+    return lambda: torch.autograd.grad(module(*workload.inputs), params)
+
+
+def torchopt(workload):
+    if not there("torchopt"):
+        return None
+    import torchopt
+
+    fn = torchopt.diff.zero_order(
+        distribution=torch.distributions.Normal(0, 1),
+        method="antithetic",
+        argnums=0,
+        num_samples=workload.num,
+        sigma=SIGMA,
+    )(workload.loss)
+    return lambda: torch.autograd.grad(fn(workload.params), workload.params)
+
+
+def floor(workload):
+    """The same 2N evaluations one by one, at a point that is there already."""
+
+    @torch.no_grad()
+    def run():
+        for _ in range(2 * workload.num):
+            workload.loss(workload.params)
+
+    return run
+
+
+def inference(workload):
+    """As many plain forward passes of the module, all with the same weights."""
+
+    @torch.no_grad()
+    def run():
+        for _ in range(2 * workload.num):
+            workload.module(*workload.inputs)
+
+    return run
+
+
+def jax_pairs(workload):
+    """``jit`` of a scan over antithetic pairs, on one thread (see main in compare.py)."""
+    if not there("jax"):
+        return None
+    import jax
+    import jax.numpy as jnp
+
+    x, labels = jnp.asarray(workload.inputs[0].numpy()), jnp.asarray(workload.module.labels.numpy())
+    params = [jnp.asarray(p.detach().numpy()) for p in workload.params]
+
+    def loss(ps):
+        hidden = x
+        for k in range(0, len(ps) - 2, 2):
+            hidden = jax.nn.relu(hidden @ ps[k].T + ps[k + 1])
+        logits = jax.nn.log_softmax(hidden @ ps[-2].T + ps[-1])
+        return -logits[jnp.arange(len(labels)), labels].mean()
+
+    @jax.jit
+    def estimate(key, ps):
+        def pair(total, key):
+            eps = [jax.random.normal(k, p.shape) for k, p in zip(jax.random.split(key, len(ps)), ps, strict=True)]
+            up = loss([p + SIGMA * e for p, e in zip(ps, eps, strict=True)])
+            down = loss([p - SIGMA * e for p, e in zip(ps, eps, strict=True)])
+            c = (up - down) / (2 * SIGMA * workload.num)
+            return [t + c * e for t, e in zip(total, eps, strict=True)], None
+
+        zeros = [jnp.zeros_like(p) for p in ps]
+        return jax.lax.scan(pair, zeros, jax.random.split(key, workload.num))[0]
+
+    key = jax.random.PRNGKey(0)
+    return lambda: jax.block_until_ready(estimate(key, params))
+
+
+def evotorch_pgpe(workload):
+    """PGPE's symmetric sampling and gradient, the values by ``torch.vmap``: 2N evaluations in one population."""
+    if not there("evotorch"):
+        return None
+    import logging
+
+    logging.disable(logging.WARNING)
+    from evotorch import Problem
+    from evotorch.algorithms import PGPE
+
+    shapes, sizes = [p.shape for p in workload.params], [p.numel() for p in workload.params]
+
+    def one(flat):
+        return workload.loss([part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)])
+
+    batched = torch.no_grad()(torch.vmap(one, chunk_size=100))
+    problem = Problem("min", batched, solution_length=sum(sizes), initial_bounds=(-1, 1), vectorized=True)
+    start = torch.cat([p.detach().flatten() for p in workload.params])
+    options = {"center_learning_rate": 0.0, "stdev_learning_rate": 0.0, "stdev_init": SIGMA, "ranking_method": "raw"}
+    search = PGPE(problem, popsize=2 * workload.num, center_init=start, **options)
+    return search.step
+
+
+def evosax_open_es(workload):
+    """Open_ES with antithetic sampling, asked and told under ``jit``, the values by ``vmap``."""
+    if not (there("evosax") and there("jax")):
+        return None
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from evosax.algorithms import Open_ES
+
+    x, labels = jnp.asarray(workload.inputs[0].numpy()), jnp.asarray(workload.module.labels.numpy())
+    params = [jnp.asarray(p.detach().numpy()) for p in workload.params]
+
+    def loss(ps):
+        hidden = x
+        for k in range(0, len(ps) - 2, 2):
+            hidden = jax.nn.relu(hidden @ ps[k].T + ps[k + 1])
+        logits = jax.nn.log_softmax(hidden @ ps[-2].T + ps[-1])
+        return -logits[jnp.arange(len(labels)), labels].mean()
+
+    search = Open_ES(population_size=2 * workload.num, solution=params, optimizer=optax.sgd(0.01))
+    options = search.default_params
+    state = search.init(jax.random.PRNGKey(0), params, options)
+
+    @jax.jit
+    def step(key, state):
+        ask, tell = jax.random.split(key)
+        population, state = search.ask(ask, state, options)
+        state, _ = search.tell(tell, population, jax.vmap(loss)(population), state, options)
+        return state
+
+    key = jax.random.PRNGKey(1)
+    return lambda: jax.block_until_ready(step(key, state))
+
+
+def systems(workload, name):
+    """The systems of a workload, with the ratio to TorchOpt's time that ours should reach."""
+    looped = {
+        "python": {"zograd loop": (lambda: ours(workload), 1.35)},
+        "quadratic10": {
+            "zograd loop": (lambda: ours(workload), None),
+            "zograd vmap": (lambda: ours(workload, Gaussian(), Vmap()), 60),
+            "zograd vmap, Normal(0, 1)": (lambda: ours(workload, torch.distributions.Normal(0, 1), Vmap()), None),
+            "zograd vmap, signs": (lambda: ours(workload, Rademacher(), Vmap()), None),
+        },
+        "quadratic1000": {
+            "zograd vmap": (lambda: ours(workload, Gaussian(), Vmap(prefetch=False)), 7),
+            "zograd vmap, signs": (lambda: ours(workload, Rademacher(), Vmap()), 15),
+        },
+        "one": {"zograd loop": (lambda: ours(workload), 1.0)},
+        "small100": {
+            "zograd vmap": (lambda: ours(workload, Gaussian(), Vmap(prefetch=False)), 5),
+            "zograd vmap, signs": (lambda: ours(workload, Rademacher(), Vmap()), 7),
+        },
+        "small1000": {
+            "zograd vmap": (lambda: ours(workload, Gaussian(), Vmap(prefetch=False)), None),
+            "zograd vmap, second core": (lambda: ours(workload, Gaussian(), Vmap()), None),
+            "zograd vmap, signs": (lambda: ours(workload, Rademacher(), Vmap()), None),
+        },
+        "large": {
+            "zograd loop": (lambda: ours(workload, Gaussian(), Loop(prefetch=False)), 1.15),
+            "zograd loop, second core": (lambda: ours(workload, Gaussian(), Loop()), 1.7),
+            "zograd loop, signs": (lambda: ours(workload, Rademacher()), 1.75),
+            "zograd vmap, low rank": (lambda: ours_on_the_module(workload, LowRank(), Vmap(prefetch=False)), 3.5),
+        },
+        "transformer": {
+            "zograd loop, signs": (lambda: ours(workload, Rademacher()), 1.15),
+            "zograd vmap, low rank": (lambda: ours_on_the_module(workload, LowRank(), Vmap(prefetch=False)), 1.25),
+        },
+    }[name]
+    others = {
+        "TorchOpt antithetic": (lambda: torchopt(workload), None),
+        "the evaluations alone": (lambda: floor(workload), None),
+    }
+    if name in ("small100", "small1000", "large"):
+        others["JAX, scan over pairs"] = (lambda: jax_pairs(workload), None)
+        others["EvoTorch PGPE"] = (lambda: evotorch_pgpe(workload), None)
+        others["evosax Open_ES"] = (lambda: evosax_open_es(workload), None)
+    if name in ("large", "transformer"):
+        others["plain forward passes"] = (lambda: inference(workload), None)
+    return {**others, **looped}

@@ -1,0 +1,104 @@
+"""What is timed: a loss of torch tensors, where it begins, and how many directions an estimate has."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+
+@dataclass
+class Workload:
+    """A loss of a list of tensors, and the same as a module."""
+
+    name: str
+    loss: object  # a function of a list of tensors
+    params: list
+    num: int
+    module: object = None  # the same as a module, with its input
+    inputs: tuple = ()
+
+    @property
+    def size(self):
+        return sum(p.numel() for p in self.params)
+
+
+def quadratic(d, num=1000):
+    return Workload(f"quadratic, d = {d}", lambda ps: (ps[0] * ps[0]).sum(), [torch.randn(d).requires_grad_()], num)
+
+
+def python_function(num=100):
+    def loss(ps):
+        total = 0.0
+        for value in ps[0].tolist():  # nothing that torch could follow or vectorize
+            total += abs(round(value)) + 0.1 * value * value
+        return torch.tensor(total)
+
+    return Workload("a Python function, d = 10", loss, [torch.randn(10).requires_grad_()], num)
+
+
+class Classifier(torch.nn.Module):
+    """A network with its loss, so that the module returns the objective."""
+
+    def __init__(self, network, labels):
+        super().__init__()
+        self.network = network
+        self.labels = labels
+
+    def forward(self, x):
+        return F.cross_entropy(self.network(x), self.labels)
+
+
+def mlp(widths, batch, num, name):
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+    network = torch.nn.Sequential(*(x for layer in layers for x in (layer, torch.nn.ReLU())))[:-1]
+    x, labels = torch.randn(batch, widths[0]), torch.randint(0, widths[-1], (batch,))
+    params = [p.detach().clone().requires_grad_() for p in network.parameters()]
+
+    def loss(ps):
+        hidden = x
+        for k in range(0, len(ps) - 2, 2):
+            hidden = F.relu(F.linear(hidden, ps[k], ps[k + 1]))
+        return F.cross_entropy(F.linear(hidden, ps[-2], ps[-1]), labels)
+
+    return Workload(name, loss, params, num, Classifier(network, labels), (x,))
+
+
+class Transformer(torch.nn.Module):
+    """An encoder with an embedding and a linear head."""
+
+    def __init__(self, tokens=1000, width=320, depth=8):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(tokens, width)
+        layer = torch.nn.TransformerEncoderLayer(width, 8, 4 * width, dropout=0.0, batch_first=True)
+        self.encoder = torch.nn.TransformerEncoder(layer, depth)
+        self.out = torch.nn.Linear(width, tokens)
+
+    def forward(self, tokens):
+        return self.out(self.encoder(self.embedding(tokens))).mean(dim=1)
+
+
+def transformer(num=8):
+    torch.manual_seed(0)
+    module = Classifier(Transformer(), torch.randint(0, 1000, (4,))).train()
+    tokens = torch.randint(0, 1000, (4, 64))
+    names = [name for name, _ in module.named_parameters()]
+    params = [p.detach().clone().requires_grad_() for p in module.parameters()]
+
+    def loss(ps):
+        return torch.func.functional_call(module, dict(zip(names, ps, strict=True)), (tokens,))
+
+    return Workload("transformer, 10.5M", loss, params, num, module, (tokens,))
+
+
+WORKLOADS = {
+    "python": python_function,
+    "quadratic10": lambda: quadratic(10),
+    "quadratic1000": lambda: quadratic(1000),
+    "one": lambda: quadratic(10, num=1),
+    "small100": lambda: mlp((8, 64, 64, 10), 32, 100, "MLP 64-64, N = 100"),
+    "small1000": lambda: mlp((8, 64, 64, 10), 32, 1000, "MLP 64-64, N = 1000"),
+    "large": lambda: mlp((512, 1024, 512, 10), 64, 32, "MLP, 1.05M"),
+    "transformer": transformer,
+}
