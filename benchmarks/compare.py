@@ -91,13 +91,19 @@ def picture(results, path):
         for system, row in result["systems"].items()
         if system.startswith("zograd") and "ratio" in row
     ][::-1]
-    figure, axes = pyplot.subplots(figsize=(8, 0.42 * len(bars) + 1), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 0.36 * len(bars) + 1), layout="constrained")
     axes.barh([b[0] for b in bars], [b[1] for b in bars], color="tab:blue", height=0.6)
-    for k, (_, ratio, _) in enumerate(bars):
-        axes.text(ratio * 1.05, k, f"{ratio:.2g}", va="center", fontsize=8)
+    for k, (_, ratio, target) in enumerate(bars):
+        axes.text(
+            1.06 * max(ratio, target or 0), k, f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}", va="center", fontsize=8
+        )
+        if target:
+            axes.plot([target, target], [k - 0.38, k + 0.38], color="tab:orange", label="the aim" if k == 0 else None)
+    axes.legend(loc="lower right", frameon=False)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlim(0.5, 2 * max(b[1] for b in bars))
+    axes.set_xlim(0.4, 2 * max(b[1] for b in bars))
+    axes.set_ylim(-0.6, len(bars) - 0.4)
     axes.set_xlabel("TorchOpt's time over zograd's, antithetic, the same N, one thread")
     axes.tick_params(axis="y", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)

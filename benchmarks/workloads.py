@@ -24,7 +24,9 @@ class Workload:
 
 
 def quadratic(d, num=1000):
-    return Workload(f"quadratic, d = {d}", lambda ps: (ps[0] * ps[0]).sum(), [torch.randn(d).requires_grad_()], num)
+    return Workload(
+        f"quadratic, d = {d}, N = {num}", lambda ps: (ps[0] * ps[0]).sum(), [torch.randn(d).requires_grad_()], num
+    )
 
 
 def python_function(num=100):
@@ -34,7 +36,7 @@ def python_function(num=100):
             total += abs(round(value)) + 0.1 * value * value
         return torch.tensor(total)
 
-    return Workload("a Python function, d = 10", loss, [torch.randn(10).requires_grad_()], num)
+    return Workload(f"a Python function, d = 10, N = {num}", loss, [torch.randn(10).requires_grad_()], num)
 
 
 class Classifier(torch.nn.Module):

@@ -213,8 +213,13 @@ def _attention(
     need_weights: bool = True,
     attn_mask: Any = None,
     use_separate_proj_weight: bool = False,
+    q_proj_weight: Any = None,
+    k_proj_weight: Any = None,
+    v_proj_weight: Any = None,
+    static_k: Any = None,
+    static_v: Any = None,
     average_attn_weights: bool = True,
-    **rest: Any,
+    is_causal: bool = False,
 ) -> Any:
     """Self-attention by its formula, so that the projections share their weights; other forms are torch's own."""
     special = (
@@ -226,8 +231,9 @@ def _attention(
         or (training and dropout_p > 0)
         or key_padding_mask is not None
         or use_separate_proj_weight
-        or rest.get("static_k") is not None
-        or rest.get("static_v") is not None
+        or static_k is not None
+        or static_v is not None
+        or (is_causal and attn_mask is None)
     )
     if special:
         return NotImplemented

@@ -6,10 +6,10 @@ import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, TypeAlias
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import torch
 
     from zograd._objective import Objective
     from zograd._points import Points
@@ -20,6 +20,7 @@ Piece: TypeAlias = "torch.Tensor | list[list[float]]"
 
 _CACHE = 1 << 19  # values of a chunk: three times as many floats fill about 6 MiB of a last-level cache
 
+_PARTS = 8  # of a device's free memory: direction, point and as much for results, half left to others
 _SHARING = 16  # points that share their parameters: best or near it for networks of 10 thousand to 10 million of them
 
 
@@ -96,7 +97,11 @@ def default_chunk(points: Points) -> int:
 
 
 def fitting_rows(points: Points) -> int:
-    """Points whose values, with those of their directions and results, fit into a last-level cache."""
+    """Points whose values, with those of their directions and results, fit into the cache, or the device's memory."""
+    space = points.directions.space
     if points.directions.distribution.factored:
         return _SHARING  # their results are what takes room, of which nothing is known
-    return max(1, _CACHE // points.directions.space.size)
+    if space.device.type == "cpu":
+        return max(1, _CACHE // space.size)
+    free, _ = torch.get_device_module(space.device).mem_get_info(space.device)
+    return max(1, int(free) // (_PARTS * space.size * space.dtype.itemsize))
