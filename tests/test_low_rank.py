@@ -245,16 +245,28 @@ def test_the_covariance_is_the_identity(rank):
 
 
 def test_sums_and_dots_are_those_of_the_dense_directions():
-    space = Space.of((torch.zeros(4, 3), torch.zeros(2), torch.zeros(()), torch.zeros(3, 2, 2)))
+    space = Space.of((torch.zeros(4, 3), torch.zeros(2), torch.zeros(()), torch.zeros(0, 3), torch.zeros(3, 2, 2)))
     family, c, v = LowRank(2), torch.randn(9, 1), torch.randn(27)
     directions = Directions(family, space, 3, 9)
     noise = directions.noise(0, 9)
     zeros = tuple(torch.zeros(shape) for shape in space.shapes)
-    moved = family.shift(space, zeros, family.parts(space, noise), (1.0,) * 4)
+    moved = family.shift(space, zeros, family.parts(space, noise), (1.0,) * 5)
     eps = torch.cat([p.reshape(9, -1) for p in moved], dim=1)
     torch.testing.assert_close(family.add_sum(space, noise, c, None), (c * eps).sum(0))
     torch.testing.assert_close(family.add_sum(space, noise, c, v.clone()), v + (c * eps).sum(0))
     torch.testing.assert_close(family.dot(space, noise, v), (eps @ v).unsqueeze(1))
+
+
+@pytest.mark.parametrize("value", [lambda w: torch.ops.aten.sum(w), lambda w: torch.ops.aten.mul(w, 2.0).sum()])
+def test_what_gets_past_the_rules_is_an_error_or_right(value):
+    f = zero_order(LowRank(), num_samples=3, evaluator="vmap", seed=1)(value)
+    exact = f.replace(evaluator="loop").estimate(torch.ones(3, 4)).coefficients
+    try:
+        got = f.estimate(torch.ones(3, 4)).coefficients
+    except RuntimeError as error:
+        assert 'use `evaluator="loop"`' in str(error)
+    else:
+        torch.testing.assert_close(got, exact)
 
 
 def test_the_sum_of_directions_never_holds_a_dense_one():

@@ -234,9 +234,9 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(f"`MeZO(seed=...)` must lie in [0, 2**63), got {seed}.")
         if seed is not None and generator is not None:
             raise ValueError("`MeZO(generator=..., seed=...)` must not have both: `seed` fixes every step.")
-        self.num_samples = num_samples
+        self.num_samples: int = num_samples
         self.distribution: Distribution = adapt(distribution, "MeZO")
-        self.records = Records(num_samples, repr(self.distribution))
+        self.records: Records = Records(num_samples, repr(self.distribution))
         self._seed, self._generator, self._warned = seed, generator, False
         super().__init__(params, {"lr": lr, "sigma": sigma, "weight_decay": weight_decay})
 
@@ -368,7 +368,8 @@ class MeZO(torch.optim.Optimizer):
                     f"`MeZO.load_state_dict(...)`: `{name}` must be the saved run's, {theirs}, got {mine}."
                 )
         super().load_state_dict({k: v for k, v in state_dict.items() if k not in ("records", "seed")})
-        self.records, self._seed = records, state_dict["seed"]
+        self.records = records
+        self._seed = state_dict["seed"]
 
 
 def replay(records: Records, params: Iterable[torch.Tensor], distribution: DistributionLike | None = None) -> None:

@@ -103,12 +103,13 @@ class LowRank(Tiled):
     def parts(self, space: Space, noise: Noise) -> Noise:
         """For each leaf its two factors, (rows, out, rank) and (rows, rest, rank), or (rows, *shape)."""
         rows, parts = noise[0], []
+        num = rows.shape[0]
         for leaf, shape in zip(_layout(space.shapes, self.rank), space.shapes, strict=True):
             if leaf.out:
-                parts.append(rows[:, leaf.start : leaf.middle].view(-1, leaf.out, self.rank))
-                parts.append(rows[:, leaf.middle : leaf.stop].view(-1, leaf.rest, self.rank))
+                parts.append(rows[:, leaf.start : leaf.middle].view(num, leaf.out, self.rank))
+                parts.append(rows[:, leaf.middle : leaf.stop].view(num, leaf.rest, self.rank))
             else:
-                parts.append(rows[:, leaf.start : leaf.stop].view(-1, *shape))
+                parts.append(rows[:, leaf.start : leaf.stop].view(num, *shape))
         return tuple(parts)
 
     def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...], rooms: Rooms = ()) -> Leaves:
