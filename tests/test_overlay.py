@@ -129,6 +129,15 @@ WRITES = {
     "init": nn.init.zeros_,
     "foreach": lambda p: torch._foreach_add_([p], 1.0),
     "copy": lambda p: p.copy_(torch.ones(3)),
+    "overload": lambda p: torch.ops.aten.add_.Tensor(p, 1),
+    "through data": lambda p: p.data.add_(1),
+    "through detach": lambda p: p.detach().__setitem__(0, 1.0),
+    "through a view": lambda p: p[:2][0].zero_(),
+    "through a split": lambda p: torch.relu_(p.split(1)[1]),
+    "through out": lambda p: torch.add(p, 1, out=p.detach()),
+    "custom operator": torch.library.custom_op(
+        "zograd_tests::write", lambda x: x.add_(1), mutates_args=("x",), schema="(Tensor(a!) x) -> ()"
+    ),
 }
 
 
@@ -141,6 +150,71 @@ def test_writing_is_refused(how):
     assert torch.equal(p, torch.zeros(3))
 
 
+def test_writing_elsewhere_is_not():
+    p, x = nn.Parameter(torch.zeros(3)), torch.zeros(3)
+    p.grad = torch.ones(3)
+    with torch.no_grad(), Overlay([p], lambda k: torch.ones(3)):
+        x.add_(p)
+        x[:] = x + p
+        torch.add(x, p, out=x)
+        kept = p * 1
+        kept.add_(1)
+        p.detach().clone().add_(1)
+        p.grad = None
+    assert x.tolist() == [3.0] * 3
+    assert p.grad is None
+
+
+def test_an_embedding_that_shortens_its_rows_is_refused():
+    module = nn.Embedding(2, 3, max_norm=0.5)
+    says = r"in place \(`torch.nn.functional.embedding`\)"
+    with Overlay([module.weight], lambda k: torch.ones(2, 3)), pytest.raises(RuntimeError, match=says):
+        module(torch.tensor([0]))
+
+
+OUTSIDE = {
+    "detach": lambda p: p.detach(),
+    "data": lambda p: p.data,
+    "view": lambda p: p[1:],
+    "transposed": lambda p: p.t(),
+    "parameter": lambda p: nn.Parameter(p.data),
+}
+
+
+@pytest.mark.parametrize("how", OUTSIDE)
+def test_what_shares_memory_with_a_parameter_is_refused(how):
+    p = nn.Parameter(torch.zeros(3, 2))
+    other = OUTSIDE[how](p)
+    says = "shares its memory with a trained parameter"
+    with torch.no_grad(), Overlay([p], lambda k: torch.ones(3, 2)), pytest.raises(RuntimeError, match=says):
+        other.sum()
+
+
+def test_parameters_side_by_side_in_one_memory_are_apart():
+    flat = torch.zeros(6)
+    p, frozen = nn.Parameter(flat[:4]), nn.Parameter(flat[4:], requires_grad=False)
+    with torch.no_grad(), Overlay([p], lambda k: torch.ones(4)):
+        assert p.sum() + frozen.sum() == 4
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad, lambda f: lambda p: torch.vjp(f, p)[0]][:2])
+def test_a_transform_of_a_parameter_is_refused_and_of_its_copy_is_not(transform):
+    p = nn.Parameter(torch.zeros(3))
+    with Overlay([p], lambda k: torch.ones(3)):
+        with pytest.raises(RuntimeError, match=r"torch.func transform, which hides .* `parameter.clone\(\)`"):
+            transform(lambda w: w.square().sum())(p)
+        assert transform(lambda w: w.square().sum())(p.clone()).sum() in (3, 6)
+
+
+@pytest.mark.parametrize("randomness", ["error", "same", "different"])
+def test_a_parameter_used_inside_vmap(randomness):
+    p = nn.Parameter(torch.zeros(3))
+    draw = lambda k: torch.randn(3, generator=torch.Generator().manual_seed(1))  # noqa: E731
+    with torch.no_grad(), Overlay([p], draw):
+        out = torch.vmap(lambda x: x * p, randomness=randomness)(torch.ones(2, 3))
+    assert torch.equal(out, draw(0).expand(2, 3))
+
+
 @pytest.mark.parametrize("name", ["data_ptr", "untyped_storage", "__dlpack__"])
 def test_its_memory_is_not_given_out(name):
     p = nn.Parameter(torch.zeros(3))
@@ -148,14 +222,23 @@ def test_its_memory_is_not_given_out(name):
         getattr(p, name)()
 
 
-def test_a_compiled_module_sees_the_replacements():
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_compiled_module_sees_the_replacements_and_is_not_compiled_again(warm):
     torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
     module = nn.Linear(4, 2)
-    compiled = torch.compile(module, backend="eager")
+    compiled = torch.compile(module, backend=backend)
     params = list(module.parameters())
     with torch.no_grad():
-        plain = compiled(X)
+        plain = compiled(X) if warm else module(X)
         with Overlay(params, lambda k: params[k].detach() + 1):
             moved = compiled(X)
+        assert len(graphs) == warm
         torch.testing.assert_close(moved, nn.functional.linear(X, params[0] + 1, params[1] + 1))
         torch.testing.assert_close(compiled(X), plain)
+        assert len(graphs) == 1
