@@ -11,9 +11,7 @@ import statistics
 import time
 from pathlib import Path
 
-# One thread for JAX as well; this has to be said before it is imported.
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import torch
 from fixed_cost import processor

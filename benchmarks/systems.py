@@ -1,6 +1,8 @@
 """Who is timed: each function returns a call that makes one whole estimate with its gradient, or None if not there."""
 
+import functools
 import importlib.util
+import os
 
 import torch
 
@@ -65,8 +67,33 @@ def inference(workload):
     return run
 
 
+def on_one_core(make):
+    """Make and run a system on one core: XLA has as many threads as it finds cores, whatever its flags say."""
+    if not hasattr(os, "sched_setaffinity"):
+        return make
+
+    def pinned(call):
+        def run(*args):
+            cores = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, {max(cores)})
+            try:
+                return call(*args)
+            finally:
+                os.sched_setaffinity(0, cores)
+
+        return run
+
+    @functools.wraps(make)
+    def made(workload):
+        run = pinned(make)(workload)
+        return run and pinned(run)
+
+    return made
+
+
+@on_one_core
 def jax_pairs(workload):
-    """``jit`` of a scan over antithetic pairs, on one thread (see main in compare.py)."""
+    """``jit`` of a scan over antithetic pairs."""
     if not there("jax"):
         return None
     import jax
@@ -121,6 +148,7 @@ def evotorch_pgpe(workload):
     return search.step
 
 
+@on_one_core
 def evosax_open_es(workload):
     """Open_ES with antithetic sampling, asked and told under ``jit``, the values by ``vmap``."""
     if not (there("evosax") and there("jax")):
