@@ -15,25 +15,32 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import torch
 from fixed_cost import processor
-from systems import systems
+from systems import REFERENCES, TORCHOPT, systems
 from workloads import WORKLOADS
 
 QUICK = ("python", "quadratic10", "quadratic1000", "one", "small100", "large")
-BASE = "TorchOpt antithetic"
 RESULTS = Path(__file__).parent / "results"
 
 
-def timed(run, seconds):
-    """Seconds a call, over calls that together take about the given time."""
-    start, calls = time.perf_counter(), 0
+def synchronize(device):
+    if device != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def timed(run, seconds, device):
+    """Seconds a call and processor time over it, over calls that together take about the given time."""
+    synchronize(device)
+    start, busy, calls = time.perf_counter(), time.process_time(), 0
     while not calls or time.perf_counter() - start < seconds:
         run()
         calls += 1
-    return (time.perf_counter() - start) / calls
+    synchronize(device)
+    taken = time.perf_counter() - start
+    return taken / calls, (time.process_time() - busy) / taken
 
 
-def measure(name, rounds, seconds):
-    workload = WORKLOADS[name]()
+def measure(name, rounds, seconds, device):
+    workload = WORKLOADS[name](device)
     runs, targets, missing = {}, {}, []
     for system, (make, target) in systems(workload, name).items():
         run = make()
@@ -42,39 +49,52 @@ def measure(name, rounds, seconds):
             continue
         run()
         runs[system], targets[system] = run, target
-    times = {system: [] for system in runs}
+    taken = {system: [] for system in runs}
     for _ in range(rounds):
         for system, run in runs.items():
-            times[system].append(timed(run, seconds))
-    rows = {}
-    for system, taken in times.items():
-        row = {"seconds": statistics.median(taken), "us_per_direction": statistics.median(taken) / workload.num * 1e6}
-        if BASE in times:
-            row["ratio"] = statistics.median(b / t for b, t in zip(times[BASE], taken, strict=True))
-        if targets[system]:
-            row["target"] = targets[system]
-        for reference in ("the evaluations alone", "plain forward passes"):
-            if reference in times:
-                row[f"share of {reference}"] = statistics.median(
-                    r / t for r, t in zip(times[reference], taken, strict=True)
-                )
-        rows[system] = row
+            taken[system].append(timed(run, seconds, device))
+    times = {system: [t for t, _ in rows] for system, rows in taken.items()}
+    rows = {
+        system: {
+            "seconds": statistics.median(times[system]),
+            "us_per_direction": statistics.median(times[system]) / workload.num * 1e6,
+            "cores": statistics.median(cores for _, cores in taken[system]),
+            "ratios": {r: spread(times[r], times[system]) for r in REFERENCES if r in times and r != system},
+            "targets": targets[system],
+        }
+        for system in runs
+    }
     return {"workload": workload.name, "size": workload.size, "num": workload.num, "missing": missing, "systems": rows}
+
+
+def spread(reference, times):
+    """The median and the quartiles over the rounds of the reference's time over ours."""
+    ratios = [r / t for r, t in zip(reference, times, strict=True)]
+    low, median, high = statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return {"median": median, "quartiles": [low, high]}
+
+
+def verdicts(row):
+    """For each target whether it is met; a reference that was not there gives none."""
+    for reference, least in row["targets"].items():
+        if reference == "us":
+            yield f"at most {least} us: {'met' if row['us_per_direction'] <= least else 'MISSED'}"
+        elif reference in row["ratios"]:
+            ratio = row["ratios"][reference]["median"]
+            yield f"{reference} {ratio:.2f} x, at least {least:.2f}: {'met' if ratio >= least else 'MISSED'}"
 
 
 def show(result):
     print(f"\n{result['workload']}: {result['size']} parameters, N = {result['num']}")
     for system, row in result["systems"].items():
-        line = f"  {system:28} {row['us_per_direction']:11.2f} us a direction"
-        if "ratio" in row:
-            line += f"   {row['ratio']:6.2f} x"
-        if "target" in row and "ratio" in row:
-            line += f"   at least {row['target']}: {'met' if row['ratio'] >= row['target'] else 'MISSED'}"
-        if "share of plain forward passes" in row and "zograd" in system:
-            line += f"   {row['share of plain forward passes']:.0%} of plain forward passes"
-        print(line)
+        line = f"  {system:34} {row['us_per_direction']:11.2f} us a direction"
+        if TORCHOPT in row["ratios"]:
+            line += f"   {row['ratios'][TORCHOPT]['median']:6.2f} x"
+        if row["cores"] > 1.1:
+            line += f"   on {row['cores']:.1f} cores"
+        print("; ".join([line, *verdicts(row)]), flush=True)
     for system in result["missing"]:
-        print(f"  {system:28} not installed")
+        print(f"  {system:34} not installed")
 
 
 def picture(results, path):
@@ -84,13 +104,18 @@ def picture(results, path):
     from matplotlib import pyplot
 
     bars = [
-        (f"{result['workload']}\n{system.removeprefix('zograd ')}", row["ratio"], row.get("target"))
+        (
+            f"{result['workload']}\n{system.removeprefix('zograd ')}",
+            row["ratios"][TORCHOPT]["median"],
+            row["targets"].get(TORCHOPT),
+        )
         for result in results.values()
         for system, row in result["systems"].items()
-        if system.startswith("zograd") and "ratio" in row
+        if system.startswith("zograd") and TORCHOPT in row["ratios"] and "noise" not in system
     ][::-1]
     figure, axes = pyplot.subplots(figsize=(8, 0.36 * len(bars) + 1), layout="constrained")
-    axes.barh([b[0] for b in bars], [b[1] for b in bars], color="tab:blue", height=0.6)
+    axes.barh(range(len(bars)), [b[1] for b in bars], color="tab:blue", height=0.6)
+    axes.set_yticks(range(len(bars)), [b[0] for b in bars])  # names as places would make equal ones one bar
     for k, (_, ratio, target) in enumerate(bars):
         axes.text(
             1.06 * max(ratio, target or 0), k, f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}", va="center", fontsize=8
@@ -105,6 +130,7 @@ def picture(results, path):
     axes.set_xlabel("TorchOpt's time over zograd's, antithetic, the same N, one thread")
     axes.tick_params(axis="y", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -115,6 +141,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--seconds", type=float, default=None, help="time of each system in a round")
     parser.add_argument("--output", type=Path, default=None, help="a JSON file; the picture goes beside it")
+    parser.add_argument("--device", default="cpu", help="where the tensors are: cpu, cuda, ...; JAX chooses its own")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = options.only or (QUICK if options.quick else tuple(WORKLOADS))
@@ -122,12 +149,14 @@ def main():
     seconds = 0.2 if options.seconds is None else options.seconds
     results = {}
     for name in names:
-        results[name] = measure(name, rounds, seconds)
+        results[name] = measure(name, rounds, seconds, options.device)
         show(results[name])
     machine = {"processor": processor(), "python": platform.python_version(), "torch": torch.__version__, "threads": 1}
+    if options.device != "cpu":
+        machine["device"] = torch.get_device_module(options.device).get_device_name()
     output = options.output or RESULTS / ("quick.json" if options.quick else "compare.json")
     output.write_text(json.dumps({"machine": machine, "rounds": rounds, "results": results}, indent=2) + "\n")
-    if any("ratio" in row for result in results.values() for row in result["systems"].values()):
+    if any(TORCHOPT in result["systems"] for result in results.values()):
         picture(results, output.with_suffix(".png"))
 
 

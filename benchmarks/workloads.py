@@ -23,20 +23,20 @@ class Workload:
         return sum(p.numel() for p in self.params)
 
 
-def quadratic(d, num=1000):
-    return Workload(
-        f"quadratic, d = {d}, N = {num}", lambda ps: (ps[0] * ps[0]).sum(), [torch.randn(d).requires_grad_()], num
-    )
+def quadratic(device, d, num=1000):
+    x = torch.randn(d, device=device).requires_grad_()
+    return Workload(f"quadratic, d = {d}, N = {num}", lambda ps: (ps[0] * ps[0]).sum(), [x], num)
 
 
-def python_function(num=100):
+def python_function(device, num=100):
     def loss(ps):
         total = 0.0
         for value in ps[0].tolist():  # nothing that torch could follow or vectorize
             total += abs(round(value)) + 0.1 * value * value
         return torch.tensor(total)
 
-    return Workload(f"a Python function, d = 10, N = {num}", loss, [torch.randn(10).requires_grad_()], num)
+    x = torch.randn(10, device=device).requires_grad_()
+    return Workload(f"a Python function, d = 10, N = {num}", loss, [x], num)
 
 
 class Classifier(torch.nn.Module):
@@ -51,11 +51,11 @@ class Classifier(torch.nn.Module):
         return F.cross_entropy(self.network(x), self.labels)
 
 
-def mlp(widths, batch, num, name):
+def mlp(device, widths, batch, num, name):
     torch.manual_seed(0)
     layers = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
-    network = torch.nn.Sequential(*(x for layer in layers for x in (layer, torch.nn.ReLU())))[:-1]
-    x, labels = torch.randn(batch, widths[0]), torch.randint(0, widths[-1], (batch,))
+    network = torch.nn.Sequential(*(x for layer in layers for x in (layer, torch.nn.ReLU())))[:-1].to(device)
+    x, labels = torch.randn(batch, widths[0]).to(device), torch.randint(0, widths[-1], (batch,)).to(device)
     params = [p.detach().clone().requires_grad_() for p in network.parameters()]
 
     def loss(ps):
@@ -81,10 +81,10 @@ class Transformer(torch.nn.Module):
         return self.out(self.encoder(self.embedding(tokens))).mean(dim=1)
 
 
-def transformer(num=8):
+def transformer(device, num=8):
     torch.manual_seed(0)
-    module = Classifier(Transformer(), torch.randint(0, 1000, (4,))).train()
-    tokens = torch.randint(0, 1000, (4, 64))
+    module = Classifier(Transformer().to(device), torch.randint(0, 1000, (4,)).to(device)).train()
+    tokens = torch.randint(0, 1000, (4, 64)).to(device)
     names = [name for name, _ in module.named_parameters()]
     params = [p.detach().clone().requires_grad_() for p in module.parameters()]
 
@@ -96,11 +96,11 @@ def transformer(num=8):
 
 WORKLOADS = {
     "python": python_function,
-    "quadratic10": lambda: quadratic(10),
-    "quadratic1000": lambda: quadratic(1000),
-    "one": lambda: quadratic(10, num=1),
-    "small100": lambda: mlp((8, 64, 64, 10), 32, 100, "MLP 64-64, N = 100"),
-    "small1000": lambda: mlp((8, 64, 64, 10), 32, 1000, "MLP 64-64, N = 1000"),
-    "large": lambda: mlp((512, 1024, 512, 10), 64, 32, "MLP, 1.05M"),
+    "quadratic10": lambda device: quadratic(device, 10),
+    "quadratic1000": lambda device: quadratic(device, 1000),
+    "one": lambda device: quadratic(device, 10, num=1),
+    "small100": lambda device: mlp(device, (8, 64, 64, 10), 32, 100, "MLP 64-64, N = 100"),
+    "small1000": lambda device: mlp(device, (8, 64, 64, 10), 32, 1000, "MLP 64-64, N = 1000"),
+    "large": lambda device: mlp(device, (512, 1024, 512, 10), 64, 32, "MLP, 1.05M"),
     "transformer": transformer,
 }

@@ -19,6 +19,10 @@ def test_a_short_run(tmp_path):
     assert set(report["results"]) == {"one", "small100"}
     small = report["results"]["small100"]
     assert (small["size"], small["num"]) == (5386, 100)
-    assert {"zograd vmap", "zograd vmap, signs", "the evaluations alone"} <= set(small["systems"])
-    assert all(row["seconds"] > 0 for row in small["systems"].values())
+    assert {"zograd vmap", "zograd vmap, signs", "evaluations alone"} <= set(small["systems"])
+    assert all(row["seconds"] > 0 and row["cores"] > 0 for row in small["systems"].values())
+    ratio = small["systems"]["zograd vmap"]["ratios"]["evaluations alone"]
+    assert ratio["quartiles"][0] <= ratio["median"] <= ratio["quartiles"][1]
+    workloads = [result["workload"] for result in report["results"].values()]
+    assert len(set(workloads)) == len(workloads)
     assert "us a direction" in run.stdout
