@@ -85,6 +85,12 @@ USES = {
     "stack": lambda x, w: torch.stack([w, w]).sum(0) @ x.t(),
     "shape": lambda x, w: x @ w.view(w.shape[0], w.size(1)).t() * w.dim() * len(w),
     "bilinear": lambda x, w: nn.functional.bilinear(x, x, w.unsqueeze(2).expand(-1, -1, 6)),
+    "matmul by keyword": lambda x, w: torch.matmul(input=x, other=w.t()),
+    "mm by keyword": lambda x, w: torch.mm(input=x, mat2=w.t()) + x.mm(mat2=w.t()),
+    "mv by keyword": lambda x, w: torch.mv(w, vec=x[0]) + torch.mv(input=w, vec=x[1]),
+    "transpose by keyword": lambda x, w: x @ torch.transpose(w, dim0=0, dim1=1) + x @ w.transpose(dim0=0, dim1=1),
+    "t by keyword": lambda x, w: x @ torch.t(input=w),
+    "linear by keyword": lambda x, w: nn.functional.linear(input=x, weight=w, bias=x[0, :5]),
     "edited": edited,
     "edited in place": edited_in_place,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +66,7 @@ class Factored(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         rule = _RULES.get(func)
-        if rule is not None:
+        if rule is not None and kwargs.keys() <= _keywords(rule):
             out = rule(*args, **kwargs)
             if out is not NotImplemented:
                 return out
@@ -121,7 +123,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _matmul(a: Any, b: Any) -> Any:
+def _matmul(a: Any, b: Any, /) -> Any:
     if _matrix(b):
         left, right = b.thin()
         x = dense(a)
@@ -133,11 +135,11 @@ def _matmul(a: Any, b: Any) -> Any:
     return NotImplemented
 
 
-def _reflected(b: Any, a: Any) -> Any:
+def _reflected(b: Any, a: Any, /) -> Any:
     return _matmul(a, b)
 
 
-def _transposed(weight: Factored, *dims: int) -> Any:
+def _transposed(weight: Factored, /, *dims: int) -> Any:
     if (
         not isinstance(weight, Factored)
         or weight.dim() != 2
@@ -254,6 +256,13 @@ def _attention(
         return out, None
     weights = weights.view(batch, num_heads, length, length)
     return out, weights.mean(dim=1) if average_attn_weights else weights
+
+
+@functools.cache
+def _keywords(rule: Callable[..., Any]) -> frozenset[str]:
+    """The keywords that a rule knows; a call with others, torch has synonyms for some, gets the sum."""
+    parameters = inspect.signature(rule).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
