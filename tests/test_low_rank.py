@@ -340,3 +340,25 @@ def test_the_gradient_does_not_depend_on_the_chunk(num):
     for other in rest:
         assert torch.equal(other.coefficients, first.coefficients)
         assert torch.equal(other.grad, first.grad)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (400, 300), (2000, 1500)])
+def test_every_tile_of_blocks_of_many_rows_has_a_stream_of_its_own(shape, monkeypatch):
+    tiles = []
+    monkeypatch.setattr(
+        LowRank, "fill", lambda _, out, generator: tiles.append((generator.initial_seed(), out.numel()))
+    )
+    space = Space.of((torch.empty(shape),))
+    directions = Directions(LowRank(), space, 3, 2000)
+    assert directions.block * sum(shape) <= max(2**16, space.size)
+    for lo, hi in directions.blocks():
+        directions.noise(lo, hi)
+    assert len({key for key, _ in tiles}) == len(tiles)
+    assert sum(length for _, length in tiles) == 2000 * sum(shape)
+
+
+def test_a_block_of_a_large_matrix_is_summed_in_one_product():
+    directions = Directions(LowRank(), Space.of((torch.empty(40_000, 100),)), 3, 40)
+    assert [hi - lo for lo, hi in directions.blocks()] == [16, 16, 8]
+    # A block holds no more than the parameters do.
+    assert Directions(LowRank(), Space.of((torch.empty(40_000, 2), torch.empty(90_000))), 3, 40).block == 1

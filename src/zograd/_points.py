@@ -122,7 +122,7 @@ class Directions:
             room, self._noise = (), self._fill(first, last, room)
         lo, hi = self._bounds(first, last)
         self._next = None
-        if hi < self.num and self._makes_ahead((hi - lo) * self.space.size):
+        if hi < self.num and self._makes_ahead(sum(part.numel() for part in self._noise)):
             stop = min(2 * last - first, -(-self.num // self.block))
             room = self._room(room, operator.sub(*reversed(self._bounds(last, stop))))
             self._next = last, stop, room, second_thread().submit(self._fill, last, stop, room)

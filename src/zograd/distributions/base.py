@@ -128,7 +128,8 @@ class Tiled(Distribution):
     def _fill_tile(
         self, out: torch.Tensor, generator: torch.Generator, space: Space, seed: int, block: int, tile: int
     ) -> None:
-        tiles = -(-max(BLOCK, self.width(space)) // TILE)  # of a whole block: a last, partial one keeps its keys
+        values = self.rows(space, BLOCK) * self.width(space)
+        tiles = -(-max(BLOCK, values) // TILE)  # of a whole block: a last, partial one keeps its keys
         generator.manual_seed(key(seed, Purpose.DIRECTION, block * tiles + tile))
         self.fill(out, generator)
 

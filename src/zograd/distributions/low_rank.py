@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["LowRank"]
 
 
+_TOGETHER = 16  # rows whose sum is one thin product, which passes once over the gradient
+
+
 class _Leaf(NamedTuple):
     """Where a leaf's factors are in a row of noise; without ``out`` it is dense."""
 
@@ -92,13 +95,13 @@ class LowRank(Tiled):
         return _layout(space.shapes, self.rank)[-1].stop
 
     def rows(self, space: Space, num: int) -> int:
-        """As many rows as make about 2**16 values."""
+        """As many rows as make about 2**16 values, or more if they take no more room than the parameters do."""
         if space.batch_dim is not None:
             raise ValueError(
                 f"`zero_order({self}, batch_dim={space.batch_dim})`: LowRank has no form by slices: use a dense "
                 "distribution, `Gaussian()` or `Rademacher()`, with `batch_dim`."
             )
-        return super().rows(space, num)
+        return max(super().rows(space, num), min(_TOGETHER, space.size // self.width(space)))
 
     def parts(self, space: Space, noise: Noise) -> Noise:
         """For each leaf its two factors, (rows, out, rank) and (rows, rest, rank), or (rows, *shape)."""
