@@ -50,7 +50,7 @@ EXACT, STATISTICS, BITS = "test_estimator_exact.py", "test_estimator_statistics.
 MUTANTS = [
     Mutant(
         "gradient times sigma^2",
-        "estimator.py",
+        "_contraction.py",
         "return self._sum.div_(divisor * self._sigma[0])",
         "return self._sum.mul_(self._sigma[0] / divisor)",
         (EXACT, STATISTICS),
@@ -85,7 +85,7 @@ MUTANTS = [
     ),
     Mutant(
         "divided twice by N",
-        "estimator.py",
+        "_contraction.py",
         "divisor = len(self._directions) /",
         "divisor = len(self._directions) ** 2 /",
         (EXACT, STATISTICS),
@@ -137,17 +137,31 @@ MUTANTS = [
     ),
     Mutant(
         "block order",
-        "estimator.py",
+        "_contraction.py",
         "and used + rows <= known:",
         "and (rows := min(rows, known - used)):",
         (BITS,),
     ),
     Mutant(
         "sigma of the wrong leaf",
-        "estimator.py",
+        "_contraction.py",
         "zip(self._space.split(self._sum), self._sigma, strict=True)",
         "zip(self._space.split(self._sum), self._sigma[::-1], strict=True)",
         ("test_contracts.py", "test_nn.py"),
+    ),
+    Mutant(
+        "hessian without its baseline's correction",
+        "_curvature.py",
+        "(rows - rows.mean(dim=0)) * (num / (num - 1))",
+        "rows - rows.mean(dim=0)",
+        ("test_second_derivatives.py",),
+    ),
+    Mutant(
+        "forward mode of forward mode lost",
+        "_autograd.py",
+        "forward_ad._set_fwd_grad_enabled(True)",
+        "forward_ad._set_fwd_grad_enabled(False)",
+        ("test_second_derivatives.py",),
     ),
 ]
 

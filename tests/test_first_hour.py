@@ -580,7 +580,6 @@ def test_fine_tune_in_the_memory_of_inference():
     assert nn.functional.mse_loss(model(x), y) < first
 
 
-@later("second derivatives come later")
 def test_hessian_vector_products():
     """A Hessian-vector product from the evaluations I have paid for."""
 

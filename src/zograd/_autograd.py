@@ -1,8 +1,9 @@
 """The one ``torch.autograd.Function``: estimates in forward, contracts saved numbers in backward.
 
 ``forward`` returns the value and what backward needs, as outputs, because only outputs survive every torch.func
-transform: for an objective of one value (or one a slice) the gradient estimate; for others the coefficients and the
-seed, from which backward replays the directions, so that no Jacobian is ever stored.
+transform: for an objective of one value (or one a slice) the gradient estimate; for others the coefficients, from which
+backward replays the directions, so that no Jacobian is ever stored. Both are outputs with derivatives of their own,
+made from the same values, which is how second derivatives come about.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
+from zograd._contraction import by_slice, contract, from_slices, project, weigh
+from zograd._curvature import by_direction, identity_term, refused
 from zograd._objective import Habits, Objective
+from zograd._points import Directions
 from zograd._random import draw_seed
-from zograd._tree import Arguments, Leaves, Space
+from zograd._tree import Arguments, Space
 from zograd.errors import SecondDerivativeError
-from zograd.estimator import Estimate, Recipe, by_slice, check_gradient, contract, estimate, full_precision, weigh
+from zograd.estimator import Estimate, Evidence, Recipe, check_gradient, estimate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from zograd._points import Directions
 
 __all__ = ["Plan", "Setup", "differentiate"]
 
@@ -51,9 +53,10 @@ class Plan:
     fn: Callable[..., Any]
     arguments: Arguments  # tensors replaced by None
     habits: Habits
-    kept: list[Directions] = field(default_factory=list)  # those that cannot be replayed
+    depth: int = 0  # of torch.func transforms; under them a tensor tells which estimate a derivative is of
+    kept: list[tuple[int | Directions, Evidence]] = field(default_factory=list)  # of each; a seed if it will do
 
-    def estimate(self, tensors: Sequence[torch.Tensor], structure: Callable[[Leaves], Any] = tuple) -> Estimate:
+    def estimate(self, tensors: Sequence[torch.Tensor], structure: Callable[[Sequence[Any]], Any] = tuple) -> Estimate:
         """Draw the seed and estimate."""
         setup, leaves = self.setup, self.arguments.leaves.copy()
         for k, position in setup.others:
@@ -63,18 +66,36 @@ class Plan:
         arguments = Arguments(self.arguments.form, leaves, self.arguments.chosen)
         objective = Objective(self.fn, arguments, params, self.habits)
         seed = draw_seed(setup.seed, setup.generator)
-        return estimate(objective, setup.recipe, setup.space, seed, structure)
+        with _may_draw():
+            return estimate(objective, setup.recipe, setup.space, seed, structure)
 
-    def keep(self, directions: Directions) -> int:
-        """A number by which backward finds the directions again: their seed, or a negative one for kept ones."""
-        if directions.replayable:
-            return directions.seed
-        self.kept.append(directions)
-        return -len(self.kept)
+    def keep(self, result: Estimate) -> int:
+        """A number by which backward finds the directions and values again; no parameters, and no gradient."""
+        directions = result.directions
+        self.kept.append((directions.seed if directions.replayable else directions, result._evidence))
+        return len(self.kept) - 1
 
     def directions(self, number: int) -> Directions:
-        """The directions that :meth:`keep` gave this number."""
-        return self.kept[-number - 1] if number < 0 else self.setup.recipe.directions(self.setup.space, number)
+        """The directions of an estimate."""
+        found = self.kept[number][0]
+        return found if isinstance(found, Directions) else self.setup.recipe.directions(self.setup.space, found)
+
+    def differences(self, number: int) -> torch.Tensor:
+        """The second differences of an estimate."""
+        return self.kept[number][1].differences(self.directions(number))
+
+
+class _may_draw:  # a context manager, as a class since it is on the way of every estimate
+    """Lets random numbers be drawn inside ``torch.autograd``'s own vmap, which knows no instances of us."""
+
+    def __enter__(self) -> None:
+        self._levels: int = torch._C._vmapmode_increment_nesting()
+        for _ in range(self._levels):
+            torch._C._vmapmode_decrement_nesting()
+
+    def __exit__(self, *error: object) -> None:
+        for _ in range(self._levels - 1):
+            torch._C._vmapmode_increment_nesting()
 
 
 _unpack_dual: Callable[[torch.Tensor], Any] = forward_ad.unpack_dual
@@ -100,6 +121,7 @@ def is_tracked(leaf: torch.Tensor) -> bool:
 def differentiate(plan: Plan, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The value of ``fn``, with the estimate behind it for autograd."""
     if torch._C._are_functorch_transforms_active():
+        plan.depth = _depth()
         value: torch.Tensor = _ZeroOrder.apply(plan, *tensors)[0]  # type: ignore[no-untyped-call]
         return value
     # torch's own apply first binds the arguments to forward's signature, for defaults that it has not: a tenth of the
@@ -111,9 +133,9 @@ class _ZeroOrder(torch.autograd.Function):
     @staticmethod
     def forward(plan: Plan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         result = plan.estimate(tensors)
-        if result._flat is not None:
-            return result.value, result._flat
-        return result.value, result.coefficients, torch.tensor(plan.keep(result.directions))
+        number = plan.keep(result)
+        payload = result.coefficients if result._flat is None else result._flat
+        return (result.value, payload, torch.tensor(number)) if plan.depth else (result.value, payload)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -122,28 +144,35 @@ class _ZeroOrder(torch.autograd.Function):
         if len(output) > 2:
             ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*output[1:])
-        if torch._C._are_functorch_transforms_active() or forward_mode():
+        if inputs[0].depth or forward_mode():
             ctx.shape, ctx.dtype = output[0].shape, output[0].dtype
             ctx.save_for_forward(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, cotangent: torch.Tensor | None, *_: torch.Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, cotangent: torch.Tensor | None, *others: torch.Tensor | None) -> tuple[Any, ...]:
+        plan: Plan = ctx.plan
         grads: list[Any] = [None] * ctx.inputs
-        if cotangent is not None:
-            plan: Plan = ctx.plan
-            space = plan.setup.space
-            flat = _pull_back(plan, ctx.saved_tensors, cotangent)
-            for i, leaf in zip(plan.setup.chosen, space.cast(space.split(flat)), strict=True):
+        payload, space = _Payload(plan, *ctx.saved_tensors), plan.setup.space
+        parts = [] if cotangent is None else [payload.pull_back(cotangent)]
+        if others[0] is not None:  # someone differentiates the payload, that is, the gradient
+            parts.append(payload.curve(others[0]))
+        if parts:
+            for i, leaf in zip(plan.setup.chosen, space.cast(space.split(sum(parts[1:], parts[0]))), strict=True):
                 grads[1 + i] = leaf
         return tuple(grads)
 
     @staticmethod
     def jvp(ctx: Any, _plan: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        payload = ctx.saved_tensors
-        columns = _push_forward(ctx.plan, payload, [tangents[i] for i in ctx.plan.setup.chosen])
-        value = columns.reshape(ctx.shape).to(ctx.dtype)
-        # Whoever uses the payload's tangent meets the fence first: see _Fence.
-        return value, torch.zeros_like(payload[0]), *(None for _ in payload[1:])
+        plan: Plan = ctx.plan
+        payload = _Payload(plan, *ctx.saved_tensors)
+        # torch switches forward mode off in here, and an outer derivative with it: it would be zero without a sign.
+        with forward_ad._set_fwd_grad_enabled(True):
+            vector = payload.join([tangents[i] for i in plan.setup.chosen])
+            value = payload.push_forward(vector).reshape(ctx.shape).to(ctx.dtype)
+            # The innermost derivative is one of the value. Without transforms it is backward that may want another.
+            wanted = _depth() < plan.depth if plan.depth else any(ctx.needs_input_grad)
+            tangent = payload.tangent(vector) if wanted else torch.zeros_like(payload.main)
+        return value, tangent, *(None for _ in ctx.saved_tensors[1:])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: torch.Tensor) -> tuple[Any, Any]:
@@ -160,34 +189,93 @@ class _ZeroOrder(torch.autograd.Function):
 _past_binding: Callable[..., tuple[torch.Tensor, ...]] = super(torch.autograd.Function, _ZeroOrder).apply
 
 
-def _pull_back(plan: Plan, payload: tuple[torch.Tensor, ...], cotangent: torch.Tensor) -> torch.Tensor:
-    """Cotangent times Jacobian, flat."""
-    payload, space = _fenced(payload), plan.setup.space
-    if len(payload) > 1:
-        return _apply(_Contract, plan, payload[1], payload[0], cotangent)
-    if cotangent.dim() == 0:
-        return payload[0] * cotangent
-    weights = by_slice(cotangent.to(payload[0]), space, 0)
-    return (payload[0].view(space.slices, space.dim) * weights).view(-1)
+class _Payload:
+    """What an estimate leaves for autograd, and the derivatives of its value and of itself made from that.
+
+    Args:
+        plan: the call.
+        main: the flat gradient of an objective of one value a slice, or else the coefficients (N, *out).
+        number: which estimate of the plan.
+    """
+
+    def __init__(self, plan: Plan, main: torch.Tensor, number: torch.Tensor | None = None) -> None:
+        self.plan = plan
+        self.space = plan.setup.space
+        self.main = main
+        self.scalar = main.dim() == 1
+        self.number = torch.tensor(0) if number is None else number
+        self.refusal = plan.setup.recipe.no_curvature(scalar=self.scalar)
+
+    def pull_back(self, cotangent: torch.Tensor) -> torch.Tensor:
+        """Cotangent times Jacobian, flat."""
+        main, space = self._guarded(), self.space
+        if not self.scalar:
+            return self._sum(weigh(main, cotangent, space))
+        if cotangent.dim() == 0:
+            return main * cotangent
+        weights = by_slice(cotangent.to(main), space, 0)
+        return (main.view(space.slices, space.dim) * weights).view(-1)
+
+    def push_forward(self, vector: torch.Tensor) -> torch.Tensor:
+        """Jacobian times tangent."""
+        main, space = self._guarded(), self.space
+        if self.scalar:
+            return (main.view(space.slices, space.dim) * vector.view(space.slices, space.dim)).sum(dim=1)
+        columns = (by_slice(main, space, 1) * self._project(vector).unsqueeze(2)).sum(dim=0)
+        return from_slices(columns, main.shape[1:], space, 0)
+
+    def curve(self, cotangent: torch.Tensor) -> torch.Tensor:
+        """Cotangent times the derivative of the payload, flat: the Hessian's product with it."""
+        h, num = self._differences(), self.plan.setup.recipe.num_samples
+        if not self.scalar:
+            rows = by_slice(cotangent, self.space, 1) * by_slice(h, self.space, 1)
+            return self._sum(rows.sum(dim=2) * num)
+        rows = by_direction(h, self.space)
+        flat = self._sum(rows * self._project(cotangent) * num)
+        return flat - identity_term(self.space, self.plan.setup.recipe.sigma, rows, cotangent)
+
+    def tangent(self, vector: torch.Tensor) -> torch.Tensor:
+        """The derivative of the payload along a tangent."""
+        if self.refusal:
+            return torch.zeros_like(self.main)  # whoever uses it meets the guard first
+        if self.scalar:
+            return self.curve(vector)
+        dots = self._project(vector) * self.plan.setup.recipe.num_samples
+        rows = by_slice(self._differences(), self.space, 1) * dots.unsqueeze(2)
+        return from_slices(rows, self.main.shape[1:], self.space, 1)
+
+    def join(self, tangents: list[torch.Tensor | None]) -> torch.Tensor:
+        """The tangents of the leaves as one vector, zero where there is none."""
+        like, shapes = next((t for t in tangents if t is not None), self.main), self.space.shapes
+        leaves = (like.new_zeros(shape) if t is None else t for t, shape in zip(tangents, shapes, strict=True))
+        return self.space.join(tuple(leaves))
+
+    def _guarded(self) -> torch.Tensor:
+        """The payload, so that a derivative that it has not is an error: without the guard it would be zero."""
+        if self.refusal and (torch.is_grad_enabled() or forward_mode()):
+            return _apply(_Guard, refused(self.refusal), self.main, self.main)
+        return self.main
+
+    def _differences(self) -> torch.Tensor:
+        """The second differences; their own derivative, a third one, is an error."""
+        if self.refusal:
+            raise SecondDerivativeError(refused(self.refusal))
+        h = _apply(_Differences, self.plan, self.number, self.main.detach())
+        return _apply(_Guard, _NO_THIRD, h, self.main)
+
+    def _sum(self, weights: torch.Tensor) -> torch.Tensor:
+        return _apply(_Contract, self.plan, self.number, weights)
+
+    def _project(self, vector: torch.Tensor) -> torch.Tensor:
+        return _apply(_Project, self.plan, self.number, vector)
 
 
-def _push_forward(plan: Plan, payload: tuple[torch.Tensor, ...], tangents: list[torch.Tensor | None]) -> torch.Tensor:
-    """Jacobian times tangent, of the shape of the value."""
-    space = plan.setup.space
-    like = next((t for t in tangents if t is not None), payload[0])
-    leaves = tuple(like.new_zeros(shape) if t is None else t for t, shape in zip(tangents, space.shapes, strict=True))
-    payload, vector = _fenced(payload), space.join(leaves)
-    if len(payload) > 1:
-        return _apply(_Project, plan, payload[1], payload[0], vector)
-    rows = payload[0].view(space.slices, space.dim) * vector.view(space.slices, space.dim)
-    return rows.sum(dim=1)
+_NO_THIRD = "a third derivative was asked for, and an estimate has the first two only."
 
 
-def _fenced(payload: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The payload, so that a derivative of it is an error: without the fence it would be zero without a sign."""
-    if torch.is_grad_enabled() or forward_mode():
-        return _apply(_Fence, payload[0]), *payload[1:]
-    return payload
+def _depth() -> int:
+    """How many torch.func transforms are around."""
+    return len(torch._C._functorch.get_interpreter_stack() or ())
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
@@ -195,63 +283,70 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
     return out
 
 
-class _Fence(torch.autograd.Function):
+class _Guard(torch.autograd.Function):
+    """The first tensor, with an error for a derivative in the second."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(payload: torch.Tensor) -> torch.Tensor:
-        return payload.view_as(payload)
+    def forward(reason: str, values: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.reason = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise SecondDerivativeError(ctx.reason)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise SecondDerivativeError(ctx.reason)
+
+
+class _Differences(torch.autograd.Function):
+    """The second differences of an estimate, a constant; beside the payload, so that vmap sees its instances."""
+
+    @staticmethod
+    def forward(plan: Plan, number: torch.Tensor, main: torch.Tensor) -> torch.Tensor:
+        return plan.differences(int(number))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise _no_second_derivative()
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        raise _no_second_derivative()
-
-
-def _no_second_derivative() -> SecondDerivativeError:
-    return SecondDerivativeError(
-        "a second derivative was asked for (create_graph=True, or a nested torch.func transform), and an estimate has "
-        "the first one only. If the outer derivative does not concern the decorated function, detach its gradient."
-    )
+    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: torch.Tensor) -> tuple[Any, int]:
+        return _each(_Differences, info.batch_size, in_dims, plan, tensors), 0
 
 
 class _Contract(torch.autograd.Function):
-    """Coefficients and a cotangent to the flat gradient, the directions replayed."""
+    """Weights (N, slices) to the flat mean of the directions, which are replayed."""
 
     @staticmethod
-    def forward(plan: Plan, seed: torch.Tensor, coefficients: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
-        recipe, space = plan.setup.recipe, plan.setup.space
-        flat = contract(plan.directions(int(seed)), recipe.sigma, weigh(coefficients, cotangent, space))
+    def forward(plan: Plan, number: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        with _may_draw():
+            flat = contract(plan.directions(int(number)), plan.setup.recipe.sigma, weights)
         # Under is_grads_batched torch vmaps backward itself, past our vmap below; nothing can be looked at there.
         if not torch._C._functorch.is_legacy_batchedtensor(flat):
-            check_gradient(flat, cotangent)
+            check_gradient(flat, weights)
         return flat
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.plan, seed, coefficients, cotangent = inputs
-        ctx.save_for_backward(seed, coefficients, cotangent)
-        ctx.save_for_forward(seed, coefficients)
+        ctx.plan, number, weights = inputs
+        ctx.dtype = weights.dtype
+        ctx.save_for_backward(number)
+        ctx.save_for_forward(number)
 
     @staticmethod
     def backward(ctx: Any, vector: torch.Tensor) -> tuple[Any, ...]:
-        seed, coefficients, cotangent = ctx.saved_tensors
-        values = _apply(_Project, ctx.plan, seed, coefficients, vector)
-        # The coefficients come through a fence, which raises if anything asks for the zero here.
-        return None, None, torch.zeros_like(coefficients), values.to(cotangent.dtype)
+        return None, None, _apply(_Project, ctx.plan, *ctx.saved_tensors, vector).to(ctx.dtype)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
-        # Linear in the last argument; the coefficients come through a fence.
-        seed, coefficients = ctx.saved_tensors[:2]
-        return _apply(_Contract, ctx.plan, seed, coefficients, tangents[-1])
+        return _apply(_Contract, ctx.plan, *ctx.saved_tensors, tangents[-1])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: torch.Tensor) -> tuple[Any, int]:
@@ -259,49 +354,30 @@ class _Contract(torch.autograd.Function):
 
 
 class _Project(torch.autograd.Function):
-    """Coefficients and a flat tangent to a tangent of the value: the transpose of _Contract."""
+    """The transpose of _Contract: a flat vector to its products with the directions, (N, slices)."""
 
     @staticmethod
-    def forward(plan: Plan, seed: torch.Tensor, coefficients: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        directions, space = plan.directions(int(seed)), plan.setup.space
-        leaves = zip(space.split(vector), plan.setup.recipe.sigma, strict=True)
-        scaled = space.join(tuple(leaf / sigma for leaf, sigma in leaves))
-        family = directions.distribution
-        with full_precision(space.device):
-            dots = [family.dot(space, directions.noise(lo, hi), scaled) for lo, hi in directions.blocks()]
-        columns = by_slice(coefficients, space, 1)
-        mean = (columns * torch.cat(dots).to(columns).unsqueeze(2)).mean(dim=0) * family.scale(space)
-        return _from_slices(mean, coefficients.shape[1:], space)
+    def forward(plan: Plan, number: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        with _may_draw():
+            return project(plan.directions(int(number)), plan.setup.recipe.sigma, vector)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.plan, seed, coefficients, _ = inputs
-        ctx.save_for_backward(seed, coefficients)
-        ctx.save_for_forward(seed, coefficients)
+        ctx.plan, number, _ = inputs
+        ctx.save_for_backward(number)
+        ctx.save_for_forward(number)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
-        seed, coefficients = ctx.saved_tensors
-        flat = _apply(_Contract, ctx.plan, seed, coefficients, cotangent)
-        return None, None, torch.zeros_like(coefficients), flat
+    def backward(ctx: Any, weights: torch.Tensor) -> tuple[Any, ...]:
+        return None, None, _apply(_Contract, ctx.plan, *ctx.saved_tensors, weights)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
-        # Linear in the last argument; the coefficients come through a fence.
-        seed, coefficients = ctx.saved_tensors[:2]
-        return _apply(_Project, ctx.plan, seed, coefficients, tangents[-1])
+        return _apply(_Project, ctx.plan, *ctx.saved_tensors, tangents[-1])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: torch.Tensor) -> tuple[Any, int]:
         return _each(_Project, info.batch_size, in_dims, plan, tensors), 0
-
-
-def _from_slices(columns: torch.Tensor, shape: torch.Size, space: Space) -> torch.Tensor:
-    """(slices, outputs a slice) as the value's own shape."""
-    if space.batch_dim is None:
-        return columns.reshape(shape)
-    rest = shape[: space.batch_dim] + shape[space.batch_dim + 1 :]
-    return columns.reshape(space.slices, *rest).movedim(0, space.batch_dim)
 
 
 def _each(

@@ -14,7 +14,17 @@ import torch
 
 _tree_flatten: Callable[[Any], tuple[list[Any], optree.PyTreeSpec]] = optree.tree_flatten
 
-__all__ = ["Arguments", "Form", "Leaves", "Space", "flatten", "sigma_per_leaf", "take_apart", "unsupported"]
+__all__ = [
+    "Arguments",
+    "Form",
+    "Leaves",
+    "Space",
+    "flatten",
+    "same_structure",
+    "sigma_per_leaf",
+    "take_apart",
+    "unsupported",
+]
 
 Leaves: TypeAlias = tuple[torch.Tensor, ...]
 
@@ -152,6 +162,11 @@ def take_apart(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """The leaves of a tree, and what puts such leaves together again."""
     leaves, spec = _tree_flatten(tree)
     return leaves, functools.partial(optree.tree_unflatten, spec)
+
+
+def same_structure(tree: Any, other: Any) -> bool:
+    """Whether two trees differ in their leaves only."""
+    return bool(optree.tree_structure(tree) == optree.tree_structure(other))
 
 
 def numbers(tree: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zograd._contraction import contract, full_precision
 from zograd._objective import as_tensor, wants_grad
 from zograd._overlay import Overlay
 from zograd._points import Directions
@@ -17,7 +18,7 @@ from zograd._random import FnStream, derive, draw_seed
 from zograd._tree import Leaves, Space, unsupported
 from zograd.distributions.adapter import adapt
 from zograd.errors import NonFiniteError, ReplayError
-from zograd.estimator import contract, full_precision, warn_below_resolution
+from zograd.estimator import warn_below_resolution
 from zograd.schemes import ANTITHETIC
 
 if TYPE_CHECKING:

@@ -1,0 +1,109 @@
+"""Sums over directions and products with them: the only places where directions meet numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+if TYPE_CHECKING:
+    from zograd._points import Directions
+    from zograd._tree import Space
+
+__all__ = ["Coefficients", "Contraction", "by_slice", "contract", "from_slices", "full_precision", "project", "weigh"]
+
+Coefficients: TypeAlias = "torch.Tensor | list[float]"
+
+
+class Contraction:
+    """The weighted mean of directions, ``mean_i c_i eps_i / sigma``, by fixed blocks in order.
+
+    The sum runs over the same blocks whatever the evaluator's chunks are, so its bits are a function of the
+    coefficients.
+
+    Args:
+        directions: the directions.
+        sigma: the smoothing radius of each leaf.
+    """
+
+    def __init__(self, directions: Directions, sigma: tuple[float, ...]) -> None:
+        self._directions = directions
+        self._sigma = sigma
+        self._space = directions.space
+        self._done = 0  # directions summed
+        self._waiting: torch.Tensor | None = None  # coefficients of a block that is not whole yet
+        self._sum: torch.Tensor | None = None
+
+    def add(self, coefficients: Coefficients) -> None:
+        """Take the coefficients of the next directions, one for each slice, and sum every block that is whole now."""
+        d, space = self._directions, self._space
+        if isinstance(coefficients, list):
+            c = torch.tensor([coefficients], dtype=space.dtype, device=space.device).t()
+        else:
+            c = coefficients.reshape(-1, space.slices).to(device=space.device, dtype=space.dtype)
+        if self._waiting is not None:
+            c = torch.cat([self._waiting, c])
+        used, known = 0, c.shape[0]  # not len(): torch's is a Python function
+        with full_precision(space.device):
+            while (rows := min(d.block, d.num - self._done)) and used + rows <= known:
+                self._sum = d.add_sum(self._done, c if rows == known else c[used : used + rows], self._sum)
+                self._done += rows
+                used += rows
+        self._waiting = c[used:] if used < known else None
+
+    def result(self) -> torch.Tensor:
+        """The flat gradient, of shape (size,) in the compute dtype."""
+        assert self._sum is not None
+        divisor = len(self._directions) / self._directions.distribution.scale(self._space)
+        if len(set(self._sigma)) == 1:
+            return self._sum.div_(divisor * self._sigma[0])
+        for leaf, sigma in zip(self._space.split(self._sum), self._sigma, strict=True):
+            leaf.div_(divisor * sigma)
+        return self._sum
+
+
+def contract(directions: Directions, sigma: tuple[float, ...], coefficients: torch.Tensor) -> torch.Tensor:
+    """The flat gradient that belongs to coefficients of shape (N, slices)."""
+    contraction = Contraction(directions, sigma)
+    contraction.add(coefficients)
+    return contraction.result()
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """No autocast: a matrix-vector product of ours in bfloat16 would round the gradient to three digits."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _NOTHING
+
+
+def by_slice(values: torch.Tensor, space: Space, lead: int) -> torch.Tensor:
+    """Values of shape (*lead, *out) as (*lead, slices, outputs a slice)."""
+    if space.batch_dim is not None:
+        values = values.movedim(lead + space.batch_dim, lead)
+    return values.reshape(*values.shape[:lead], space.slices, -1)
+
+
+def weigh(coefficients: torch.Tensor, cotangent: torch.Tensor, space: Space) -> torch.Tensor:
+    """Coefficients (N, *out) and a cotangent (*out) to one number a direction and slice, (N, slices)."""
+    columns = by_slice(coefficients, space, 1)
+    return (columns * by_slice(cotangent.to(columns), space, 0)).sum(dim=2)
+
+
+def from_slices(values: torch.Tensor, shape: torch.Size, space: Space, lead: int) -> torch.Tensor:
+    """Values of shape (*lead, slices, outputs a slice) as (*lead, *out), ``shape`` being ``out``."""
+    if space.batch_dim is None:
+        return values.reshape(*values.shape[:lead], *shape)
+    rest = shape[: space.batch_dim] + shape[space.batch_dim + 1 :]
+    return values.reshape(*values.shape[:lead], space.slices, *rest).movedim(lead, lead + space.batch_dim)
+
+
+def project(directions: Directions, sigma: tuple[float, ...], vector: torch.Tensor) -> torch.Tensor:
+    """The transpose of :func:`contract`: ``eps_i . vector / (N sigma)``, float64 of shape (N, slices)."""
+    space, family = directions.space, directions.distribution
+    leaves = zip(space.split(vector), sigma, strict=True)
+    scaled = space.join(tuple(leaf / radius for leaf, radius in leaves))
+    with full_precision(space.device):
+        dots = [family.dot(space, directions.noise(lo, hi), scaled) for lo, hi in directions.blocks()]
+    return torch.cat(dots).double() * (family.scale(space) / len(directions))
