@@ -8,6 +8,7 @@ made from the same values, which is how second derivatives come about.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -157,7 +158,8 @@ class _ZeroOrder(torch.autograd.Function):
         if others[0] is not None:  # someone differentiates the payload, that is, the gradient
             parts.append(payload.curve(others[0]))
         if parts:
-            for i, leaf in zip(plan.setup.chosen, space.cast(space.split(sum(parts[1:], parts[0]))), strict=True):
+            flat = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+            for i, leaf in zip(plan.setup.chosen, space.cast(space.split(flat)), strict=True):
                 grads[1 + i] = leaf
         return tuple(grads)
 
@@ -203,8 +205,12 @@ class _Payload:
         self.space = plan.setup.space
         self.main = main
         self.scalar = main.dim() == 1
-        self.number = torch.tensor(0) if number is None else number
-        self.refusal = plan.setup.recipe.no_curvature(scalar=self.scalar)
+        self._number = number
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the payload has no derivative, or None if it has one."""
+        return self.plan.setup.recipe.no_curvature(scalar=self.scalar)
 
     def pull_back(self, cotangent: torch.Tensor) -> torch.Tensor:
         """Cotangent times Jacobian, flat."""
@@ -252,9 +258,14 @@ class _Payload:
 
     def _guarded(self) -> torch.Tensor:
         """The payload, so that a derivative that it has not is an error: without the guard it would be zero."""
-        if self.refusal and (torch.is_grad_enabled() or forward_mode()):
-            return _apply(_Guard, refused(self.refusal), self.main, self.main)
+        if (torch.is_grad_enabled() or forward_mode()) and (reason := self.refusal):
+            return _apply(_Guard, refused(reason), self.main, self.main)
         return self.main
+
+    @functools.cached_property
+    def number(self) -> torch.Tensor:
+        """Which estimate of the plan."""
+        return torch.tensor(0) if self._number is None else self._number
 
     def _differences(self) -> torch.Tensor:
         """The second differences; their own derivative, a third one, is an error."""
