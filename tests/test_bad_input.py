@@ -58,7 +58,14 @@ SETTINGS = {
     "num_samples: float": ({"num_samples": 10.0}, TypeError, "(num_samples=...)", "an int", "float 10.0"),
     "num_samples: tensor": ({"num_samples": torch.tensor(4)}, TypeError, "(num_samples=...)", "an int", "Tensor"),
     "num_samples: string": ({"num_samples": "10"}, TypeError, "(num_samples=...)", "an int", "str '10'"),
-    "num_samples: None": ({"num_samples": None}, TypeError, "(num_samples=...)", "an int", "None"),
+    "num_samples: None": (
+        {"num_samples": None},
+        TypeError,
+        "(num_samples=...)",
+        "an int",
+        "None",
+        "`distribution=Coordinate()`",
+    ),
     # sigma
     "sigma: zero": ({"sigma": 0}, ValueError, "(sigma=...)", "positive", "0"),
     "sigma: negative": ({"sigma": -0.1}, ValueError, "(sigma=...)` must be positive, got -0.1."),

@@ -6,7 +6,7 @@ import torch
 from zograd import ZeroOrderWarning, zero_order
 from zograd._points import Directions
 from zograd._tree import Space
-from zograd.distributions import Dense, Gaussian, Rademacher, Sphere
+from zograd.distributions import Dense, Gaussian, Hadamard, Orthogonal, Rademacher, Sobol, Sphere
 from zograd.distributions.adapter import adapt
 
 
@@ -19,6 +19,10 @@ FAMILIES = {
     "gaussian": Gaussian(),
     "rademacher": Rademacher(),
     "sphere": Sphere(),
+    "orthogonal": Orthogonal(),
+    "orthogonal, one length": Orthogonal("sqrt_d"),
+    "hadamard": Hadamard(),
+    "sobol": Sobol(),
     "sample": adapt(Standard(), "zero_order"),
     "function": adapt(torch.randn, "zero_order"),
     "torch": adapt(torch.distributions.Uniform(-(3**0.5), 3**0.5), "zero_order"),
@@ -34,6 +38,8 @@ def space(*shapes, dtype=torch.float64, batch_dim=None):
 
 
 def directions(family, layout, num, seed=5):
+    if family == "sobol" and layout.dim > 21201:
+        pytest.skip("has no more dimensions")
     return Directions(FAMILIES[family], layout, seed, num)
 
 
@@ -54,8 +60,9 @@ def test_moments(family, dtype):
     assert rows.mean(dim=0).abs().max() < 6 / num**0.5
     second = d.distribution.scale(d.space) * rows.T @ rows / num
     assert (second - torch.eye(8)).abs().max() < 6 * 2**0.5 / num**0.5
-    following = (rows[1:] * rows[:-1]).mean(dim=0)
-    assert following.abs().max() < 6 / num**0.5
+    if d.distribution.independent:
+        following = (rows[1:] * rows[:-1]).mean(dim=0)
+        assert following.abs().max() < 6 / num**0.5
 
 
 @every_family

@@ -5,7 +5,7 @@ import torch
 
 import zograd
 from zograd import zero_order
-from zograd.distributions import Gaussian, LowRank, Rademacher, Sphere
+from zograd.distributions import Coordinate, Gaussian, Hadamard, LowRank, Orthogonal, Rademacher, Sobol, Sphere
 from zograd.evaluators import Loop, Vmap
 from zograd.evaluators.base import fitting_rows
 
@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
-FAMILIES = [Gaussian(), Rademacher(), Sphere(), LowRank()]
+FAMILIES = [Gaussian(), Rademacher(), Sphere(), LowRank(), Orthogonal(), Hadamard(), Sobol(), Coordinate()]
 
 
 def problem(x):

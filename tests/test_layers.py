@@ -19,7 +19,17 @@ LEVELS = [
     ("L1.2", ["_factored"]),
     ("L2.0", ["distributions.base"]),
     ("L2.1", ["distributions.gaussian", "distributions.low_rank", "distributions.rademacher", "distributions.sphere"]),
-    ("L2.2", ["distributions.adapter"]),
+    (
+        "L2.2",
+        [
+            "distributions.adapter",
+            "distributions.coordinate",
+            "distributions.guided",
+            "distributions.hadamard",
+            "distributions.orthogonal",
+            "distributions.sobol",
+        ],
+    ),
     ("L2.3", ["distributions"]),
     ("L3", ["_points", "_objective", "_overlay", "_replica"]),
     ("L4.0", ["evaluators.base", "_contraction"]),

@@ -30,7 +30,7 @@ class Options:
         distribution: what directions are drawn from.
         method: the scheme.
         argnums: the differentiated positional arguments; an int counts as a tuple of one.
-        num_samples: directions in one estimate.
+        num_samples: directions in one estimate; None is each of them once.
         sigma: the smoothing radius, a number or a tree of them matching the differentiated arguments.
         evaluator: how ``fn`` is called on points.
         shaping: what is done to the values first.
@@ -43,7 +43,7 @@ class Options:
     distribution: Distribution
     method: Scheme
     argnums: tuple[int, ...]
-    num_samples: int
+    num_samples: int | None
     sigma: Any
     evaluator: Evaluator
     shaping: Shaping | None
@@ -103,7 +103,12 @@ class Options:
             raise ValueError(
                 f"`{self.call}(shaping=..., batch_dim={self.batch_dim})`: shaping is for objectives of one value."
             )
-        if self.shaping is leave_one_out and self.num_samples < 2:
+        if self.num_samples is None and not self.distribution.finite:
+            raise TypeError(
+                f"`{self.call}(num_samples=...)` must be an int, got None: that means each direction once, which "
+                f"`distribution=Coordinate()` has and {self.distribution} does not."
+            )
+        if self.shaping is leave_one_out and self.num_samples is not None and self.num_samples < 2:
             raise ValueError(
                 f"`{self.call}(shaping=leave_one_out, num_samples={self.num_samples})` needs the values of other "
                 "directions: "
@@ -146,7 +151,9 @@ def _integer(value: Any, typed: str) -> int:
         raise TypeError(f"{typed} must be an int, got {type(value).__name__} {value!r}.") from None
 
 
-def _num_samples(value: Any, typed: str, call: str) -> int:
+def _num_samples(value: Any, typed: str, call: str) -> int | None:
+    if value is None:
+        return None
     num = _integer(value, typed)
     if num < 1:
         raise ValueError(f"{typed} must be at least 1, got {num}.")

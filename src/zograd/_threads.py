@@ -1,12 +1,16 @@
-"""The second thread, in which noise is made while ``fn`` is evaluated."""
+"""The second thread, in which noise is made while ``fn`` is evaluated, and work that must stay in one."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-__all__ = ["cores", "second_thread"]
+import torch
+
+__all__ = ["cores", "one_thread", "second_thread"]
 
 
 @functools.cache
@@ -23,3 +27,21 @@ if hasattr(os, "register_at_fork"):
 def cores() -> int:
     """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Whatever LAPACK and matrix products do inside, in one thread: their bits depend on the number of threads.
+
+    Yields:
+        Nothing.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)  # of this Python thread
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

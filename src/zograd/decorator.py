@@ -314,7 +314,7 @@ def zero_order(
     distribution: DistributionLike | None = None,
     method: str | Scheme = "naive",
     argnums: int | tuple[int, ...] = (0,),
-    num_samples: int = 1,
+    num_samples: int | None = 1,
     sigma: Any = 1.0,
     *,
     evaluator: str | Evaluator = "loop",
@@ -343,7 +343,7 @@ def zero_order(
         argnums: the positional arguments to differentiate, each a tensor or any nested tree; integer and frozen
             (``requires_grad=False``) leaves are left alone. Other arguments, and what ``fn`` closes over, get no
             gradient. For a method, 0 is the argument after ``self``.
-        num_samples: N, the number of directions.
+        num_samples: N, the number of directions; None, for ``Coordinate()`` alone, is every coordinate once.
         sigma: the radius of the smoothing, in units of the parameters: bias grows with its square, and noise in ``fn``
             is divided by it. A number, or a tree of them in the structure of the differentiated argument.
         evaluator: ``"loop"`` (any ``fn``), ``"vmap"`` (many directions at once, for torch operations),

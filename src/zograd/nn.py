@@ -239,7 +239,7 @@ class ZeroOrder(_ZeroOrderModule):
         module: the module.
         distribution: as in :func:`zograd.zero_order`, like all settings.
         method: the scheme or its name.
-        num_samples: the number of directions.
+        num_samples: the number of directions; None, for ``Coordinate()`` alone, is every coordinate once.
         sigma: the smoothing radius, a number or a dict by parameter name (``"module."`` in front).
         evaluator: how ``forward`` is called on points.
         shaping: what is done to the values first.
@@ -271,7 +271,7 @@ class ZeroOrder(_ZeroOrderModule):
         module: nn.Module,
         distribution: DistributionLike | None = None,
         method: str | Scheme = "naive",
-        num_samples: int = 1,
+        num_samples: int | None = 1,
         sigma: Any = 1.0,
         *,
         evaluator: str | Evaluator = "loop",

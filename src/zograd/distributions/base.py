@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -36,11 +36,29 @@ class Distribution(ABC):
     """Whether ``draw`` may run in a second thread while ``fn`` is evaluated, and gains by it."""
     factored: ClassVar[bool] = False
     """Whether points have a form that shares the parameters between directions: ``factor`` and ``mirrored``."""
+    finite: ClassVar[bool] = False
+    """Whether there are only ``space.dim`` different directions, so that ``num_samples=None`` can mean each once."""
 
     def scale(self, space: Space) -> float:
         """The factor s above."""
         del space
         return 1.0
+
+    def covariance(self, space: Space, vector: torch.Tensor) -> torch.Tensor:
+        r"""The product of :math:`s \, \mathbb{E}[\epsilon \epsilon^\top]` with a vector of shape (size,).
+
+        The mean of an estimate on a linear function is this product with its slope. It is the vector itself, but for
+        families that declare another covariance.
+
+        Returns:
+            A vector of that shape.
+        """
+        del space
+        return vector
+
+    def group(self, space: Space, num: int) -> int:
+        """Directions, counted from the first, that make a group independent of the next; a last one may be smaller."""
+        return 1 if self.independent else self.rows(space, num)
 
     def replayable(self, space: Space) -> bool:
         """Whether ``draw`` gives the same noise for the same key each time."""
@@ -132,6 +150,16 @@ class Tiled(Distribution):
         tiles = -(-max(BLOCK, values) // TILE)  # of a whole block: a last, partial one keeps its keys
         generator.manual_seed(key(seed, Purpose.DIRECTION, block * tiles + tile))
         self.fill(out, generator)
+
+
+def fill_tiles(
+    fill: Callable[[torch.Tensor, torch.Generator], None], values: torch.Tensor, seed: int, counter: int
+) -> None:
+    """Fill a vector by tiles, a stream each; the first has this counter, the next ones those that follow."""
+    generator = torch.Generator(values.device)
+    for tile, part in enumerate(torch.split(values, TILE)):
+        generator.manual_seed(key(seed, Purpose.DIRECTION, counter + tile))
+        fill(part, generator)
 
 
 class Dense(Tiled):
