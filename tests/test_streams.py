@@ -12,7 +12,17 @@ import torch
 from zograd._points import Directions
 from zograd._random import FnStream, Purpose, derive, key
 from zograd._tree import Space
-from zograd.distributions import Dense, Gaussian, Rademacher, Sphere
+from zograd.distributions import (
+    Coordinate,
+    Dense,
+    Gaussian,
+    Guided,
+    Hadamard,
+    Orthogonal,
+    Rademacher,
+    Sobol,
+    Sphere,
+)
 
 FAMILIES = {"gaussian": Gaussian(), "rademacher": Rademacher(), "sphere": Sphere()}
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
@@ -63,6 +73,51 @@ def test_the_first_block_is_the_committed_one(family, dtype, size):
     portable = {"rademacher": True, "gaussian": "AVX" in CAPABILITY, "sphere": CAPABILITY == "AVX2"}
     if portable[family]:
         assert digest(values) == exact
+
+
+GROUPS = {
+    "orthogonal": Orthogonal(),
+    "hadamard": Hadamard(),
+    "sobol": Sobol(),
+    "coordinate": Coordinate(),
+    "guided": Guided(torch.linspace(-1, 1, 40).exp().view(20, 2).cumsum(0).cos()),
+}
+GROUP_DIGESTS = {  # of the signs, or the indices, of the second group
+    "orthogonal": "5e87214edfb26e8e",
+    "hadamard": "e70da4bfe047e1fc",
+    "sobol": "3e4febde7331eb5b",
+    "coordinate": "465a36cc340043dc",
+    "guided": "a0eafdbcd5e54c6a",
+}
+
+
+@pytest.mark.parametrize("family", GROUPS)
+def test_the_second_group_is_the_committed_one(family):
+    d = Directions(GROUPS[family], Space.of((torch.empty(20),)), 2**40 + 7, 16_384)
+    values = d.noise(d.block, 2 * d.block)[0]
+    assert digest(values if family == "coordinate" else values > 0) == GROUP_DIGESTS[family]
+
+
+@pytest.mark.parametrize("family", [Orthogonal(), Hadamard(), Sobol(), Coordinate(), Guided(torch.ones(3))], ids=str)
+def test_every_stream_of_every_group_has_a_key_of_its_own(family, monkeypatch):
+    from zograd.distributions import base, coordinate, guided, hadamard, orthogonal, sobol
+
+    used = []
+
+    def noted(seed, purpose, counter):
+        used.append(counter)
+        return key(seed, purpose, counter)
+
+    for module in (base, coordinate, hadamard, sobol):
+        monkeypatch.setattr(module, "key", noted)
+    for module in (base, guided, hadamard, orthogonal):
+        monkeypatch.setattr(module, "TILE", 4)  # several streams a block
+    monkeypatch.setattr(base, "BLOCK", 300)
+    space = Space.of((torch.empty(3),))
+    d = Directions(family, space, 3, 6 * family.rows(space, 10**6) - 1)
+    for lo, hi in d.blocks():
+        d.noise(lo, hi)
+    assert len(used) == len(set(used)) >= 6
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 + 1, 2**63 - 1])
