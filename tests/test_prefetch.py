@@ -22,7 +22,7 @@ def objective(x):
 @pytest.mark.parametrize("num", [1, 2, 9])
 @pytest.mark.parametrize("size", [10, 30_000, 140_000])
 @pytest.mark.parametrize("evaluator", [Loop, Vmap, Batched])
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: getattr(family, "__name__", str(family)))
 def test_the_bits_are_the_same(family, evaluator, size, num):
     if isinstance(family, Sobol) and size > 21201:
         pytest.skip("has no more dimensions")

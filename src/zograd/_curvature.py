@@ -49,7 +49,7 @@ def differences(scheme: Scheme, directions: Directions, values: torch.Tensor, ce
     .. math:: h_i = \sum_j \frac{w_j}{c_j} (f_{ij} - f_0), \qquad \tilde h_i = h_i - \frac{1}{N - 1} \sum_{k \ne i} h_k
 
     The weights :math:`w_j / c_j` make the Hessian that of the smoothed function whose gradient the scheme estimates.
-    The baseline is the mean over what is independent of direction i: other directions, or other blocks in a family
+    The baseline is the mean over what is independent of direction i: other directions, or other groups in a family
     whose directions depend on each other; there may be none.
 
     Args:
@@ -68,10 +68,10 @@ def differences(scheme: Scheme, directions: Directions, values: torch.Tensor, ce
     if directions.distribution.independent:
         return rows if num == 1 else (rows - rows.mean(dim=0)) * (num / (num - 1))
     total = rows.sum(dim=0)
-    blocks = [rows[lo:hi] for lo, hi in directions.blocks()]
-    if len(blocks) == 1:
+    groups = torch.split(rows, directions.distribution.group(directions.space, num))
+    if len(groups) == 1:
         return rows
-    return torch.cat([block - (total - block.sum(dim=0)) / (num - len(block)) for block in blocks])
+    return torch.cat([group - (total - group.sum(dim=0)) / (num - len(group)) for group in groups])
 
 
 def hessian_product(

@@ -108,11 +108,27 @@ class Options:
                 f"`{self.call}(num_samples=...)` must be an int, got None: that means each direction once, which "
                 f"`distribution=Coordinate()` has and {self.distribution} does not."
             )
+        self._check_differences()
         if self.shaping is leave_one_out and self.num_samples is not None and self.num_samples < 2:
             raise ValueError(
                 f"`{self.call}(shaping=leave_one_out, num_samples={self.num_samples})` needs the values of other "
                 "directions: "
                 "`num_samples` must be at least 2."
+            )
+
+    def _check_differences(self) -> None:
+        """Directions with a mean that is not zero would carry the level of ``fn`` into the gradient."""
+        if self.distribution.centered:
+            return
+        if not self.method.is_difference:
+            raise ValueError(
+                f"`{self.call}({self.distribution}, method={self.method})` needs a scheme whose weights sum to zero, "
+                "such as 'forward' or 'antithetic': its directions have another mean than zero."
+            )
+        if self.shaping is not None and not self.method.sides_cancel:
+            raise ValueError(
+                f"`{self.call}({self.distribution}, method={self.method}, shaping=...)` needs a scheme whose weights "
+                "sum to zero without the center, such as 'antithetic': its directions have another mean than zero."
             )
 
     def __repr__(self) -> str:

@@ -177,15 +177,21 @@ class ZeroOrderFunction(Generic[P]):
         _check_leaves(params, o)
         positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
         sigma = sigma_per_leaf(o.sigma, arguments, several=len(o.argnums) > 1)
+        space = Space.of(params, o.batch_dim)
         radii = dict(zip(arguments.chosen, sigma, strict=True))
         return Setup(
             positions=positions,
             chosen=tuple(positions.index(i) for i in chosen),
             others=tuple((k, i) for k, i in enumerate(positions) if i not in chosen),
             recipe=Recipe(
-                o.distribution, o.method, o.num_samples, tuple(radii[i] for i in chosen), o.evaluator, o.shaping
+                o.distribution,
+                o.method,
+                o.num_samples or space.dim,
+                tuple(radii[i] for i in chosen),
+                o.evaluator,
+                o.shaping,
             ),
-            space=Space.of(params, o.batch_dim),
+            space=space,
             lost=_lost_gradient(arguments),
             seed=o.seed,
             generator=o.generator,

@@ -49,14 +49,14 @@ class Recipe:
 
     distribution: Distribution
     scheme: Scheme
-    num_samples: int | None  # None: each direction once
+    num_samples: int
     sigma: tuple[float, ...]  # one a differentiated leaf
     evaluator: Evaluator
     shaping: Shaping | None = None
 
     def directions(self, space: Space, seed: int) -> Directions:
         """The directions that belong to a seed."""
-        return Directions(self.distribution, space, seed, self.num_samples or space.dim)
+        return Directions(self.distribution, space, seed, self.num_samples)
 
     def no_curvature(self, *, scalar: bool) -> str | None:
         """Why its estimates have no second derivative, or None if they have one."""

@@ -98,6 +98,11 @@ class Scheme:
         """Whether a constant added to ``fn`` leaves the coefficients alone."""
         return abs(self._moment(0)) <= _TOLERANCE
 
+    @property
+    def sides_cancel(self) -> bool:
+        """Whether a constant added to all values but the center's leaves the coefficients alone."""
+        return abs(math.fsum(w for c, w in zip(self.offsets, self.weights, strict=True) if c)) <= _TOLERANCE
+
     def combine(self, sides: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
         r"""The coefficients :math:`\sum_j w_j f_{ij}` of some directions.
 

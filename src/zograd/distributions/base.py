@@ -36,6 +36,8 @@ class Distribution(ABC):
     """Whether ``draw`` may run in a second thread while ``fn`` is evaluated, and gains by it."""
     factored: ClassVar[bool] = False
     """Whether points have a form that shares the parameters between directions: ``factor`` and ``mirrored``."""
+    centered: ClassVar[bool] = True
+    """Whether the directions' mean is zero; if not, only a scheme's differences make a gradient."""
     finite: ClassVar[bool] = False
     """Whether there are only ``space.dim`` different directions, so that ``num_samples=None`` can mean each once."""
 

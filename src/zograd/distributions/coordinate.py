@@ -24,9 +24,9 @@ class Coordinate(Distribution):
 
     ``num_samples=None`` means every coordinate once: the result is what finite differences give, without chance. Its
     error is :math:`\frac h2 f''` for ``"forward"``, :math:`\frac{h^2}6 f'''` for ``"antithetic"`` (central differences)
-    and :math:`O(h^4)` for ``"fourth_order"``; ``"naive"`` adds :math:`f / h` to every entry and is of no use. Rounding
-    adds about :math:`\varepsilon |f| / h`, so that the best step is about :math:`2 \sqrt{\varepsilon |f| / |f''|}` for
-    forward and :math:`\sqrt[3]{3 \varepsilon |f| / |f'''|}` for central differences: in float32 some hundredth.
+    and :math:`O(h^4)` for ``"fourth_order"``; ``"naive"`` takes no difference and is refused. Rounding adds about
+    :math:`\varepsilon |f| / h`, so that the best step is about :math:`2 \sqrt{\varepsilon |f| / |f''|}` for forward and
+    :math:`\sqrt[3]{3 \varepsilon |f| / |f'''|}` for central differences: in float32 some hundredth.
 
     With N < d, a random subset of N coordinates is looked at and the others get zero, all times d / N: the mean over
     seeds is the whole gradient. With N > d there are whole passes over all coordinates, independent of each other, and
@@ -52,6 +52,7 @@ class Coordinate(Distribution):
     """
 
     independent: ClassVar[bool] = False
+    centered: ClassVar[bool] = False
     finite: ClassVar[bool] = True
 
     def scale(self, space: Space) -> float:
