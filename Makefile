@@ -18,7 +18,7 @@ BENCH_RUN := $(BENCH)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 .DELETE_ON_ERROR:
 # Two pip runs at once would break the environment.
 .NOTPARALLEL:
-.PHONY: help setup test test-statistics mutants demo bench bench-quick lint format types ci build clean FORCE
+.PHONY: help setup test test-statistics mutants chaos demo bench bench-quick lint format types ci build clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,10 @@ test-statistics: $(VENV)/.stamp-tests  ## run the statistical tests on fresh see
 
 mutants: $(VENV)/.stamp-tests  ## plant bugs one by one and check that the tests find each
 	$(RUN) tests/mutants.py
+
+chaos: $(VENV)/.stamp-tests  ## try to break it: faults, kills, damaged files, strange inputs (7 minutes)
+	cd chaos && status=0; for script in [a-z]*.py; do OMP_NUM_THREADS=1 ../$(RUN) $$script || status=1; done; \
+		../$(RUN) _table.py && exit $$status
 
 demo: $(VENV)/.stamp-examples  ## run the quickstart example
 	$(RUN) examples/quickstart.py

@@ -46,6 +46,7 @@ class Mutant:
 
 
 EXACT, STATISTICS, BITS = "test_estimator_exact.py", "test_estimator_statistics.py", "test_same_bits.py"
+JOURNAL, TRACKING = "test_journal.py", "test_tracking.py"
 
 MUTANTS = [
     Mutant(
@@ -197,6 +198,98 @@ MUTANTS = [
         "forward_ad._set_fwd_grad_enabled(True)",
         "forward_ad._set_fwd_grad_enabled(False)",
         ("test_second_derivatives.py",),
+    ),
+    Mutant(
+        "journal: a value of another side",
+        "evaluators/journal.py",
+        "self._keep({i * sides + columns[j]: _bytes(value)}",
+        "self._keep({i * sides + j: _bytes(value)}",
+        (JOURNAL,),
+    ),
+    Mutant(
+        "journal: one key for all distributions",
+        "evaluators/journal.py",
+        "digest.add([leaf.detach() for leaf in first(points.sides[0])])",
+        "",
+        (JOURNAL,),
+    ),
+    Mutant(
+        "journal: arguments left out of the key",
+        "evaluators/journal.py",
+        "        if i not in chosen:\n",
+        "        if i in chosen:\n",
+        (JOURNAL,),
+    ),
+    Mutant(
+        "journal: values written as they are yielded only",
+        "evaluators/journal.py",
+        "fn.arrived = page.listener(columns)",
+        "fn.arrived = None",
+        (JOURNAL,),
+    ),
+    Mutant(
+        "journal: a module's center is read",
+        "evaluators/journal.py",
+        'asked = center and (page.center is None or hasattr(fn.fn, "at_center"))',
+        "asked = center and page.center is None",
+        (JOURNAL,),
+    ),
+    Mutant(
+        "journal: what the center showed about fn is forgotten",
+        "evaluators/journal.py",
+        'self.fn.habits.differentiates |= bool(told["differentiates"])',
+        'self.fn.habits.differentiates |= told["differentiates"] is None',
+        (JOURNAL,),
+    ),
+    Mutant(
+        "journal: a value that is not finite is written at once",
+        "evaluators/journal.py",
+        "        if not finite:\n",
+        "        if not finite and not rows:\n",
+        (JOURNAL,),
+    ),
+    Mutant(
+        "journal: no checksum",
+        "evaluators/_ledger.py",
+        "if not whole or crc != _crc(estimate, point, data):",
+        "if not whole:",
+        (JOURNAL,),
+    ),
+    Mutant(
+        "journal: a header of another function is taken",
+        "evaluators/_ledger.py",
+        "            if then != now:\n",
+        '            if then != now and "function" not in name:\n',
+        (JOURNAL,),
+    ),
+    Mutant(
+        "tracker: plans of running estimates are not set aside",
+        "tracking.py",
+        "self.budget - self.evaluations - self._planned",
+        "self.budget - self.evaluations",
+        (TRACKING,),
+    ),
+    Mutant(
+        "tracker: what a failed estimate did not use stays set aside",
+        "tracking.py",
+        "            tracker._count(0, 0, 0, self._planned)\n        for tracker in self.trackers:\n",
+        "            tracker._count(0, 0, 0, 0)\n        for tracker in self.trackers:\n",
+        (TRACKING,),
+    ),
+    Mutant(
+        "tracker: evaluations count once they are done",
+        "_objective.py",
+        "        self.count(params[0].shape[0] if vmapped or rows else 1)\n",
+        "",
+        (TRACKING,),
+    ),
+    Mutant(
+        "tracker: the seed is drawn before the budget is asked",
+        "_autograd.py",
+        "        with Tally(objective.name, setup.recipe.evaluations) as tally:",
+        "        draw_seed(setup.seed, setup.generator)\n"
+        "        with Tally(objective.name, setup.recipe.evaluations) as tally:",
+        (TRACKING,),
     ),
 ]
 

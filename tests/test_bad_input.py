@@ -706,3 +706,20 @@ def test_the_gradient_of_several_values_needs_a_cotangent():
 def test_the_seed_outside_of_fn():
     with pytest.raises(RuntimeError, match=said("`zograd.current_seed()`", "inside a function")):
         zograd.current_seed()
+
+
+@pytest.mark.parametrize("method", ["antithetic", "fourth_order"])
+def test_a_step_beyond_the_range_of_the_dtype(method):
+    largest = torch.finfo(torch.float32).max
+    limit = largest / (2 if method == "fourth_order" else 1)
+    with pytest.raises(ValueError, match=r"`zero_order\(sigma=...\)` must make steps within .*float32.*got 1e\+300"):
+        zero_order(method=method, sigma=1e300)(lambda x: x.sum()).estimate(torch.ones(2))
+    with pytest.raises(
+        ValueError, match=r"`zero_order\(sigma=...\)` must make steps within the range of torch.float32"
+    ):
+        zero_order(method=method, sigma=limit * 1.01)(lambda x: x.sum()).estimate(torch.ones(2))
+    estimate = zero_order(method=method, sigma=1e100, seed=0)(lambda x: x.sum()).estimate(torch.ones(2).double())
+    assert torch.isfinite(estimate.grad).all()
+    x = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"`MeZO\(sigma=...\)` must make steps within the range of torch.float32"):
+        zograd.optim.MeZO([x], lr=0.1, sigma=1e300).step(lambda: x.sum())

@@ -481,7 +481,6 @@ def test_drop_a_crashed_simulation():
     assert estimate.failures > 0
 
 
-@later("the tracker comes later")
 def test_a_budget_of_queries():
     """I pay per query: stop before the budget is passed."""
 
@@ -498,7 +497,6 @@ def test_a_budget_of_queries():
     assert tracker.evaluations <= 25
 
 
-@later("the journal comes later")
 def test_resume_after_a_crash(tmp_path):
     """The cluster killed my job in the middle of a gradient; go on where it stopped."""
     calls = []
@@ -509,7 +507,8 @@ def test_resume_after_a_crash(tmp_path):
             raise KeyboardInterrupt("stop")
         return x.sum()
 
-    journaled = zero_order(num_samples=10, seed=0, evaluator=zograd.evaluators.Journal(tmp_path / "run.journal"))(loss)
+    journal = zograd.evaluators.Journal("loop", tmp_path / "run.journal")
+    journaled = zero_order(num_samples=10, seed=0, evaluator=journal)(loss)
     with pytest.raises(KeyboardInterrupt, match="stop"):
         journaled.estimate(torch.ones(2))
     journaled.estimate(torch.ones(2))

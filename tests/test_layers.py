@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "zograd"
 LEVELS = [
     ("L0", ["errors", "_versions"]),
     ("L1.0", ["schemes", "shaping"]),
-    ("L1.1", ["_tree", "_random", "_reuse", "_threads"]),
+    ("L1.1", ["_digest", "_tree", "_random", "_reuse", "_threads"]),
     ("L1.2", ["_factored"]),
     ("L2.0", ["distributions.base"]),
     ("L2.1", ["distributions.gaussian", "distributions.low_rank", "distributions.rademacher", "distributions.sphere"]),
@@ -32,10 +32,11 @@ LEVELS = [
     ),
     ("L2.3", ["distributions"]),
     ("L3", ["_points", "_objective", "_overlay", "_replica"]),
-    ("L4.0", ["evaluators.base", "_contraction"]),
+    ("L4.0", ["evaluators.base", "evaluators._ledger", "tracking", "_contraction"]),
     ("L4.1", ["_curvature"]),
     ("L4.1", ["evaluators.loop", "evaluators.vmap", "evaluators.batched"]),
-    ("L4.2", ["evaluators"]),
+    ("L4.2", ["evaluators.journal"]),
+    ("L4.3", ["evaluators"]),
     ("L5", ["estimator"]),
     ("L6", ["_autograd", "_options", "optim"]),
     ("L7", ["decorator", "slices"]),
@@ -147,20 +148,26 @@ def test_the_walk_sees_every_form_of_import(text, found):
 
 
 def _texts():
-    for folder in ("src", "tests", "examples", "docs", "benchmarks", ".ci", ".github"):
+    for folder in ("src", "tests", "examples", "docs", "benchmarks", "chaos", ".ci", ".github"):
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.is_file() and path.suffix in {
-                ".py",
-                ".md",
-                ".rst",
-                ".toml",
-                ".yml",
-                ".yaml",
-                ".txt",
-                ".ipynb",
-                ".json",
-                "",
-            }:
+            hidden = any(part.startswith(".") for part in path.relative_to(ROOT / folder).parts)
+            if (
+                not hidden
+                and path.is_file()
+                and path.suffix
+                in {
+                    ".py",
+                    ".md",
+                    ".rst",
+                    ".toml",
+                    ".yml",
+                    ".yaml",
+                    ".txt",
+                    ".ipynb",
+                    ".json",
+                    "",
+                }
+            ):
                 yield path
     yield from sorted(ROOT.glob("*.md"))
     yield from sorted(ROOT.glob("*.toml"))

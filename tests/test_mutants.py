@@ -20,7 +20,7 @@ def _loaded():
 
 
 def test_each_bug_applies():
-    assert len({mutant.name for mutant in mutants.MUTANTS}) == len(mutants.MUTANTS) >= 16
+    assert len({mutant.name for mutant in mutants.MUTANTS}) == len(mutants.MUTANTS) >= 27
     for mutant in mutants.MUTANTS:
         assert compile(mutant.planted(), mutant.file, "exec")
         assert all(Path(__file__).with_name(name).exists() for name in mutant.tests)

@@ -138,6 +138,8 @@ def test_options_are_frozen():
 @pytest.mark.parametrize(
     ("error", "base"),
     [
+        (zograd.BudgetExceeded, RuntimeError),
+        (zograd.JournalError, RuntimeError),
         (zograd.NonFiniteError, ValueError),
         (zograd.ReplayError, RuntimeError),
         (zograd.SecondDerivativeError, NotImplementedError),

@@ -9,11 +9,20 @@ from zograd._options import Options
 from zograd._random import current_seed, current_seeds
 from zograd._versions import __version__, show_versions
 from zograd.decorator import ZeroOrderFunction, zero_order
-from zograd.errors import NonFiniteError, ReplayError, SecondDerivativeError, SharedStreamError, ZeroOrderWarning
+from zograd.errors import (
+    BudgetExceeded,
+    JournalError,
+    NonFiniteError,
+    ReplayError,
+    SecondDerivativeError,
+    SharedStreamError,
+    ZeroOrderWarning,
+)
 from zograd.estimator import Estimate
 from zograd.optim import replay
 from zograd.schemes import ANTITHETIC, FORWARD, FOURTH_ORDER, NAIVE, Scheme
 from zograd.slices import SliceCheck, check_slices
+from zograd.tracking import TrackedEstimate, Tracker
 
 __all__ = [  # noqa: RUF022 - grouped as the reader meets them
     # the front door
@@ -24,6 +33,7 @@ __all__ = [  # noqa: RUF022 - grouped as the reader meets them
     "check_slices",
     "current_seed",
     "current_seeds",
+    "Tracker",
     # the axes
     "distributions",
     "evaluators",
@@ -38,8 +48,11 @@ __all__ = [  # noqa: RUF022 - grouped as the reader meets them
     "Estimate",
     "Options",
     "SliceCheck",
+    "TrackedEstimate",
     "ZeroOrderFunction",
     # what goes wrong
+    "BudgetExceeded",
+    "JournalError",
     "NonFiniteError",
     "ReplayError",
     "SecondDerivativeError",

@@ -25,6 +25,7 @@ from zograd._random import draw_seed
 from zograd._tree import Arguments, Space
 from zograd.errors import SecondDerivativeError
 from zograd.estimator import Estimate, Evidence, Recipe, check_gradient, estimate
+from zograd.tracking import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,11 +65,23 @@ class Plan:
             # Detached, so that what fn computes with it has no way into the caller's graph.
             leaves[position] = tensors[k].detach().requires_grad_() if tensors[k].requires_grad else tensors[k]
         params = tuple([tensors[i].detach() for i in setup.chosen])
-        arguments = Arguments(self.arguments.form, leaves, self.arguments.chosen)
+        arguments = Arguments(self.arguments.form, self.arguments.spec, leaves, self.arguments.chosen)
         objective = Objective(self.fn, arguments, params, self.habits)
-        seed = draw_seed(setup.seed, setup.generator)
-        with _may_draw():
-            return estimate(objective, setup.recipe, setup.space, seed, structure)
+        with Tally(objective.name, setup.recipe.evaluations) as tally:  # before the draw, which an error must not cost
+            objective.counted = tally.count if tally.trackers else None
+            seed = draw_seed(setup.seed, setup.generator)
+            with _may_draw():
+                result = estimate(objective, setup.recipe, setup.space, seed, structure)
+            if tally.trackers:
+                value, flat = result.value, result._flat
+                tally.finish(
+                    seed,
+                    value.item() if value.numel() == 1 else None,
+                    None if flat is None else flat.norm().item(),
+                    evaluations=result.evaluations,
+                    failures=result.failures,
+                )
+        return result
 
     def keep(self, result: Estimate) -> int:
         """A number by which backward finds the directions and values again; no parameters, and no gradient."""

@@ -133,10 +133,13 @@ class Objective:
     def __init__(self, fn: Callable[..., Any], arguments: Arguments, params: Leaves, habits: Habits) -> None:
         self.params = params
         self.stream: FnStream | None = None
-        self.repeated: int = 0  # evaluations beyond one for each point
+        self.repeated: int = 0  # evaluations beyond one for each point, less those that a journal spared
+        self.counted: Callable[..., None] | None = None  # told of evaluations as they begin, see `count`
+        self.arrived: Callable[[int, int, Value], None] | None = None  # told of values as they come, by Evaluator
         self.value: torch.Tensor = params[0]  # the center's, as fn returned it
         self.shape: torch.Size = torch.Size()
         self._fn = fn
+        self.arguments = arguments
         self._build = arguments.builder()
         chosen = set(arguments.chosen)
         others = [leaf for i, leaf in enumerate(arguments.leaves) if i not in chosen]
@@ -147,6 +150,21 @@ class Objective:
     def name(self) -> str:
         """How errors call the function."""
         return function_name(self._fn)
+
+    @property
+    def fn(self) -> Callable[..., Any]:
+        """The user's function."""
+        return self._fn
+
+    def count(self, evaluations: int = 1, *, retries: int = 0, failures: int = 0) -> None:
+        """Say that ``fn`` was evaluated, for who counts; an evaluator that has that done elsewhere says so itself."""
+        if self.counted is not None:
+            self.counted(evaluations, retries, failures)
+
+    def recall(self, value: torch.Tensor) -> torch.Tensor:
+        """Take the center's value as an earlier run had it, in place of an evaluation."""
+        self.value, self.shape = value, value.shape
+        return value.to(torch.float64, copy=True)
 
     def center(self, params: Leaves, *, batched: bool = False) -> torch.Tensor:
         """The value at the center, which tells the shape of all others."""
@@ -214,6 +232,7 @@ class Objective:
     ) -> Any:
         run = fn if vmapped else functools.partial(self._call, fn)
         self._begin(index, rows, vmapped=vmapped)
+        self.count(params[0].shape[0] if vmapped or rows else 1)
         if self.habits.differentiates:
             return self._run_tracked(run, params, index, rows, vmapped=vmapped)
         versions = _versions(params)
@@ -265,7 +284,9 @@ class Objective:
             self.stream.at(index, rows, vmapped=vmapped)
 
     def _begin_again(self, params: Leaves, index: int, rows: range | None, *, vmapped: bool) -> None:
-        self.repeated += params[0].shape[0] if vmapped or rows else 1
+        points = params[0].shape[0] if vmapped or rows else 1
+        self.repeated += points
+        self.count(points)
         self._begin(index, rows, vmapped=vmapped)
 
     def _drop_leading_one(self, value: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,36 @@ class Options:
                 raise TypeError(f"`{self.call}` has no setting `{name}`; it has {', '.join(settings)}.")
         return self.make(self.call, **{**settings, **changes})
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the generator stands, as plain numbers: empty without one."""
+        if self.generator is None:
+            return {}
+        return {"seed": self.generator.initial_seed(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any], typed: str) -> None:
+        """Put the generator where another one stood.
+
+        Args:
+            state: of :meth:`state_dict`.
+            typed: what the user called, for errors.
+
+        Raises:
+            ValueError: if the state is not one, or of another kind of generator, or there is no generator to take it.
+        """
+        position = state.get("generator") if isinstance(state, dict) else None
+        if (self.generator is None) != (position is None):
+            has = "none here" if self.generator is None else "none there"
+            raise ValueError(f"{typed}: `generator=` must be given in the saved run and in this one, there is {has}.")
+        if self.generator is None or position is None:
+            return
+        try:
+            self.generator.set_state(position)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{typed}: the state must be that of a generator on {self.generator.device}, got "
+                f"{type(position).__name__} {position!r:.60}: {error}"
+            ) from error
+
     def _check_together(self) -> None:
         typed = f"`{self.call}(generator=..., seed={self.seed})`"
         if self.generator is not None and self.seed is not None:

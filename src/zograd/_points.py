@@ -194,6 +194,15 @@ class Points:
     def __len__(self) -> int:
         return len(self.directions)
 
+    @property
+    def sigma(self) -> tuple[float, ...]:
+        """The smoothing radius of each leaf."""
+        return self._sigma
+
+    def only(self, sides: tuple[float, ...]) -> Points:
+        """The points of these sides."""
+        return self if sides == self.sides else Points(self.params, self.directions, self._sigma, sides)
+
     def center(self) -> Leaves:
         """The parameters, as a copy that ``fn`` may write to."""
         return tuple(p.clone() for p in self.params)

@@ -31,11 +31,14 @@ Leaves: TypeAlias = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """What a call looks like without its leaves; the same object for all calls that look alike."""
+    """What a call looks like without its leaves; the same object for all calls that look alike.
+
+    It holds no tree structure: those of two dicts with the same keys compare equal whatever their order, and an object
+    shared by both would give the one's order to the other.
+    """
 
     argnums: tuple[int | str, ...]
-    spec: optree.PyTreeSpec
-    trees: tuple[optree.PyTreeSpec, ...]  # the structure of each differentiated argument
+    places: tuple[int, ...]  # where each differentiated argument stands among all
     spans: tuple[range, ...]  # and where its leaves are
 
 
@@ -44,6 +47,7 @@ class Arguments:
     """A call's arguments, taken apart: what is differentiated, the other tensors, and everything else."""
 
     form: Form
+    spec: optree.PyTreeSpec
     leaves: list[Any]
     chosen: tuple[int, ...]  # the leaves that are differentiated
 
@@ -59,8 +63,8 @@ class Arguments:
         Returns:
             The function; it returns positional and keyword arguments.
         """
-        args, kwargs = optree.tree_unflatten(self.form.spec, self.leaves)
-        trees = zip(self.form.trees, self.form.spans, strict=True)
+        args, kwargs = optree.tree_unflatten(self.spec, self.leaves)
+        trees = zip(self.trees(), self.form.spans, strict=True)
         slots = list(zip(self.form.argnums, [self._filler(tree, span) for tree, span in trees], strict=True))
 
         def build(params: Leaves) -> tuple[list[Any], dict[str, Any]]:
@@ -93,9 +97,21 @@ class Arguments:
         values = dict(zip(self.chosen, per_leaf, strict=True))
         trees = [
             optree.tree_unflatten(tree, [values.get(i) for i in span])
-            for tree, span in zip(self.form.trees, self.form.spans, strict=True)
+            for tree, span in zip(self.trees(), self.form.spans, strict=True)
         ]
         return tuple(trees) if several else trees[0]
+
+    def order(self) -> list[int]:
+        """The leaves' numbers as one meets them in the call, numbered with every dict's keys sorted."""
+        numbers = optree.tree_unflatten(self.spec, range(len(self.leaves)))
+        with optree.dict_insertion_ordered(True, namespace="zograd"):
+            return [int(number) for number in optree.tree_leaves(numbers, namespace="zograd")]
+
+    def trees(self) -> list[optree.PyTreeSpec]:
+        """The structure of each differentiated argument."""
+        positional, keyword = self.spec.children()
+        children = [*positional.children(), *keyword.children()]
+        return [children[k] for k in self.form.places]
 
 
 def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], argnums: tuple[int | str, ...]) -> Arguments:
@@ -112,7 +128,7 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], argnums: tuple[int | 
     leaves, spec = _tree_flatten((args, kwargs))
     form = _form(spec, argnums)
     chosen = tuple([i for span in form.spans for i in span if _is_float(leaves[i])])
-    return Arguments(form, leaves, chosen)
+    return Arguments(form, spec, leaves, chosen)
 
 
 @functools.lru_cache(maxsize=256)
@@ -121,9 +137,8 @@ def _form(spec: optree.PyTreeSpec, argnums: tuple[int | str, ...]) -> Form:
     names = [*range(positional.num_children), *keyword.entries()]
     children = [*positional.children(), *keyword.children()]
     starts = [0, *itertools.accumulate(tree.num_leaves for tree in children)]
-    places = [names.index(argnum) for argnum in argnums]
-    spans = tuple(range(starts[k], starts[k + 1]) for k in places)
-    return Form(argnums, spec, tuple(children[k] for k in places), spans)
+    places = tuple([names.index(argnum) for argnum in argnums])
+    return Form(argnums, places, tuple([range(starts[k], starts[k + 1]) for k in places]))
 
 
 def _is_float(leaf: object) -> bool:
@@ -143,7 +158,7 @@ def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool) -> tuple[
         return (float(sigma),) * len(arguments.chosen)
     trees = sigma if several and isinstance(sigma, (tuple, list)) else (sigma,)
     specs = [optree.tree_structure(tree) for tree in trees]
-    if specs != list(arguments.form.trees):
+    if specs != arguments.trees():
         wanted = str(arguments.structure([Ellipsis] * len(arguments.chosen), several=several)).replace(
             "Ellipsis", "..."
         )

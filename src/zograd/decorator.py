@@ -21,7 +21,7 @@ from zograd._options import Options
 from zograd._random import plain_call
 from zograd._tree import Arguments, Space, flatten, sigma_per_leaf, unsupported
 from zograd.errors import ZeroOrderWarning
-from zograd.estimator import Recipe
+from zograd.estimator import Recipe, check_radii
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,6 +102,25 @@ class ZeroOrderFunction(Generic[P]):
         """
         return ZeroOrderFunction(self.fn, self.options.replace(**options), self._habits)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where ``generator=`` stands, as plain numbers, for a run that is to go on with the same directions.
+
+        Returns:
+            A dict for :meth:`load_state_dict`; empty without a generator of its own.
+        """
+        return self.options.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the directions that come after :meth:`state_dict`.
+
+        Args:
+            state_dict: what that returned.
+
+        Raises:
+            ValueError: if it has no generator's state and this function has one, or the other way around.
+        """
+        self.options.load_state_dict(state_dict, f"{self._typed[:-1]}.load_state_dict(...)`")
+
     def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         if self.options.evaluator.batched:
             return self._plain_with_leading_one(args, kwargs)
@@ -168,7 +187,7 @@ class ZeroOrderFunction(Generic[P]):
         if setup.lost is not None:
             _warn_of_lost_gradients(setup.lost, self._typed)
         others = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        plan = Plan(setup, self.fn, Arguments(arguments.form, others, chosen), self._habits)
+        plan = Plan(setup, self.fn, Arguments(arguments.form, arguments.spec, others, chosen), self._habits)
         return plan, tuple([leaves[i] for i in setup.positions])
 
     def _set_up(self, arguments: Arguments, chosen: tuple[int, ...]) -> Setup:
@@ -179,6 +198,8 @@ class ZeroOrderFunction(Generic[P]):
         sigma = sigma_per_leaf(o.sigma, arguments, several=len(o.argnums) > 1)
         space = Space.of(params, o.batch_dim)
         radii = dict(zip(arguments.chosen, sigma, strict=True))
+        space = Space.of(params, o.batch_dim)
+        check_radii(tuple(radii[i] for i in chosen), o.method, space.dtype, o.call)
         return Setup(
             positions=positions,
             chosen=tuple(positions.index(i) for i in chosen),

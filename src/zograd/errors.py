@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["NonFiniteError", "ReplayError", "SecondDerivativeError", "SharedStreamError", "ZeroOrderWarning"]
+__all__ = [
+    "BudgetExceeded",
+    "JournalError",
+    "NonFiniteError",
+    "ReplayError",
+    "SecondDerivativeError",
+    "SharedStreamError",
+    "ZeroOrderWarning",
+]
 
 
 class ZeroOrderWarning(UserWarning):
@@ -23,3 +31,11 @@ class SecondDerivativeError(NotImplementedError):
 
 class SharedStreamError(RuntimeError):
     """``fn`` drew from torch's global random stream while another thread's estimate owned it."""
+
+
+class BudgetExceeded(RuntimeError):
+    """The next estimate would take more evaluations than a :class:`zograd.Tracker` has left; it was not begun."""
+
+
+class JournalError(RuntimeError):
+    """A journal is of another run, another program or another version, or is damaged."""

@@ -54,6 +54,11 @@ class Recipe:
     evaluator: Evaluator
     shaping: Shaping | None = None
 
+    @property
+    def evaluations(self) -> int:
+        """Points of an estimate, the center included."""
+        return 1 + self.num_samples * len(self.scheme.sides)
+
     def directions(self, space: Space, seed: int) -> Directions:
         """The directions that belong to a seed."""
         return Directions(self.distribution, space, seed, self.num_samples)
@@ -250,6 +255,16 @@ def estimate(
         _evidence=evidence,
         _structure=structure,
     )
+
+
+def check_radii(sigma: tuple[float, ...], scheme: Scheme, dtype: torch.dtype, call: str) -> None:
+    """Refuse a step that the compute dtype cannot hold; torch's own error would name neither."""
+    largest = max(sigma) * max(map(abs, scheme.sides))
+    if largest > torch.finfo(dtype).max:
+        raise ValueError(
+            f"`{call}(sigma=...)` must make steps within the range of {dtype}, at most {torch.finfo(dtype).max:.3g}, "
+            f"got {max(sigma):g}. Pass float64 tensors, or scale the parameters down."
+        )
 
 
 def warn_below_resolution(params: Leaves, sigma: tuple[float, ...], call: str) -> None:

@@ -123,6 +123,42 @@ class _ZeroOrderModule(nn.Module):
         trainable = self._trainable()
         return self._function(trainable).estimate(trainable, *args, **kwargs)
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """Where ``generator=`` stands, as plain numbers; without one the module's state is that of its tensors alone.
+
+        Returns:
+            The state, which ``state_dict()`` holds under ``_extra_state``.
+        """
+        return self.zero_order_options.state_dict()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Go on with the directions that come after :meth:`get_extra_state`; ``load_state_dict`` calls it.
+
+        Args:
+            state: what that returned.
+
+        Raises:
+            ValueError: if it has no generator's state and this module has one, or the other way around.
+        """
+        self.zero_order_options.load_state_dict(state, f"`{type(self).__name__}.load_state_dict(...)`")
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self._has_extra_state():
+            destination.pop(f"{prefix}_extra_state", None)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *lists: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
+        if not self._has_extra_state() and (key := f"{prefix}_extra_state") in missing_keys:
+            missing_keys.remove(key)
+
+    def _has_extra_state(self) -> bool:
+        """With nothing to say the key is left out, so that checkpoints of the plain module fit, and the other way."""
+        own = type(self).get_extra_state is _ZeroOrderModule.get_extra_state
+        return not own or self.zero_order_options.generator is not None
+
     def _trainable(self) -> dict[str, nn.Parameter]:
         parameters = dict(self.named_parameters())
         if not parameters:

@@ -18,8 +18,9 @@ from zograd._random import FnStream, derive, draw_seed
 from zograd._tree import Leaves, Space, unsupported
 from zograd.distributions.adapter import adapt
 from zograd.errors import NonFiniteError, ReplayError
-from zograd.estimator import warn_below_resolution
+from zograd.estimator import check_radii, warn_below_resolution
 from zograd.schemes import ANTITHETIC
+from zograd.tracking import Tally
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -307,18 +308,35 @@ class MeZO(torch.optim.Optimizer):
             self._warned = True
             warn_below_resolution(chosen, sigma, "MeZO")
         space = Space.of(tuple(p.detach() for p in chosen))
-        directions = Directions(self.distribution, space, self._draw_seed(), self.num_samples)
+        check_radii(sigma, ANTITHETIC, space.dtype, "MeZO")
+        with Tally("`MeZO.step`", len(ANTITHETIC.sides) * self.num_samples) as tally:
+            directions = Directions(self.distribution, space, self._draw_seed(), self.num_samples)
+            loss = self._move(closure, params, groups, chosen, directions, sigma, tally)
+            tally.finish(directions.seed, loss.item())
+        return loss
+
+    def _move(
+        self,
+        closure: Callable[[], Any],
+        params: Leaves,
+        groups: list[_Group],
+        chosen: Leaves,
+        directions: Directions,
+        sigma: tuple[float, ...],
+        tally: Tally,
+    ) -> torch.Tensor:
         if not directions.replayable:
             raise ReplayError(
                 f"`MeZO(distribution={self.distribution!r})`: its directions cannot be made again, which points and "
                 "update need. Draw from torch's random functions in `sample`."
             )
-        values = _evaluate(closure, chosen, directions, sigma, len(self.records))
-        kept = torch.tensor([ANTITHETIC.difference(row, 0.0) for row in values], dtype=space.dtype)
+        dtype = directions.space.dtype
+        values = _evaluate(closure, chosen, directions, sigma, len(self.records), tally)
+        kept = torch.tensor([ANTITHETIC.difference(row, 0.0) for row in values], dtype=dtype)
         coefficients: list[float] = kept.tolist()
         _update(params, groups, directions, coefficients)
         self.records._append(directions.seed, coefficients, groups, params)
-        return torch.tensor(values, dtype=torch.float64).mean().to(space.dtype)
+        return torch.tensor(values, dtype=torch.float64).mean().to(dtype)
 
     def _params(self) -> Leaves:
         return tuple(p for group in self.param_groups for p in group["params"])
@@ -408,7 +426,12 @@ def replay(records: Records, params: Iterable[torch.Tensor], distribution: Distr
 
 
 def _evaluate(
-    closure: Callable[[], Any], params: Leaves, directions: Directions, sigma: tuple[float, ...], step: int
+    closure: Callable[[], Any],
+    params: Leaves,
+    directions: Directions,
+    sigma: tuple[float, ...],
+    step: int,
+    tally: Tally,
 ) -> list[list[float]]:
     """The closure's values at each direction's two points."""
     versions = [p._version for p in params]
@@ -419,6 +442,7 @@ def _evaluate(
             for side in ANTITHETIC.sides:
                 stream.at(i)
                 point = _Point(params, directions, i, tuple(side * s for s in sigma))
+                tally.count()
                 values[-1].append(_value(closure, Overlay(params, point), step, i, side))
     if versions != [p._version for p in params]:
         raise RuntimeError(

@@ -51,6 +51,10 @@ class Evaluator(ABC):
             First the center's value, of shape ``out``, if asked for; then float64 values of shape
             ``(directions, sides, *out)``, any number of directions at a time, in order, each exactly once. Rows of
             Python floats will do in place of a tensor where ``fn`` returns one value.
+
+        An evaluator that knows values before it yields them calls ``fn.arrived(i, j, value)`` for direction i and the
+        side ``points.sides[j]``, unless ``fn.arrived`` is None: a journal writes them down. One that has ``fn`` called
+        by others, past ``fn`` here, says so by ``fn.count(evaluations)`` as the calls begin.
         """
 
     def __repr__(self) -> str:

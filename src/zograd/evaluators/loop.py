@@ -10,10 +10,11 @@ import torch
 from zograd.evaluators.base import Evaluator, check_prefetch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from zograd._objective import Objective, Value
     from zograd._points import Points
+    from zograd._tree import Leaves
     from zograd.evaluators.base import Piece
 
 __all__ = ["Loop"]
@@ -52,12 +53,19 @@ class Loop(Evaluator):
         for start, stop in points.spans(points.directions.block, lo, hi):
             rows: list[list[Value]] = []
             for i, point in enumerate(points.rows(start, stop), start):
-                rows.append([fn(point(side), i) for side in points.sides])
+                rows.append([_value(fn, point, i, j, side) for j, side in enumerate(points.sides)])
                 if not _finite(rows[-1]):
                     yield _stack(rows)
                     rows.clear()
             if rows:
                 yield _stack(rows)
+
+
+def _value(fn: Objective, point: Callable[[float], Leaves], i: int, j: int, side: float) -> Value:
+    value = fn(point(side), i)
+    if fn.arrived is not None:
+        fn.arrived(i, j, value)
+    return value
 
 
 def _finite(row: list[Value]) -> bool:
