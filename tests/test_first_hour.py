@@ -547,7 +547,6 @@ def test_orthogonal_directions():
     torch.testing.assert_close(decorated.estimate(torch.zeros(4)).grad, torch.ones(4))
 
 
-@later("rank shaping comes later")
 def test_ranks_as_in_evolution_strategies():
     """Rank-shape the returns, as OpenAI's evolution strategies do."""
     decorated = zero_order(method="antithetic", num_samples=32, shaping=zograd.shaping.centered_ranks)(
