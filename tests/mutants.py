@@ -305,6 +305,13 @@ MUTANTS = [
         "last.double() - 1",
         ("test_shaping.py",),
     ),
+    Mutant(
+        "the surrogate's factor is fitted to the directions it is used with",
+        "_surrogate.py",
+        "= (second.factor(), first.factor())",
+        "= (first.factor(), second.factor())",
+        ("test_surrogate.py",),
+    ),
 ]
 
 
