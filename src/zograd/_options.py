@@ -12,11 +12,13 @@ import torch
 from zograd._tree import numbers
 from zograd.distributions.adapter import adapt
 from zograd.evaluators import EVALUATORS, Evaluator
+from zograd.failures import Drop, Retry
 from zograd.schemes import SCHEMES, Scheme
 from zograd.shaping import leave_one_out
 
 if TYPE_CHECKING:
     from zograd.distributions.base import Distribution
+    from zograd.failures import Failures
     from zograd.shaping import Shaping
 
 __all__ = ["Options"]
@@ -47,7 +49,7 @@ class Options:
     sigma: Any
     evaluator: Evaluator
     shaping: Shaping | None
-    failures: str
+    failures: Failures
     batch_dim: int | None
     generator: torch.Generator | None
     seed: int | None
@@ -253,10 +255,14 @@ def _shaping(value: Any, typed: str, call: str) -> Shaping | None:
     return value  # type: ignore[no-any-return]
 
 
-def _failures(value: Any, typed: str, call: str) -> str:
-    if value != "raise":
-        raise ValueError(f"{typed} must be 'raise', got {value!r}.")
-    return "raise"
+def _failures(value: Any, typed: str, call: str) -> Failures:
+    if isinstance(value, (Retry, Drop)):
+        return value
+    if isinstance(value, type) and issubclass(value, (Retry, Drop)):
+        raise TypeError(f"{typed} must be an instance, got the class {value.__name__}: add `()`.")
+    if not isinstance(value, str) or value != "raise":
+        raise ValueError(f"{typed} must be 'raise', a Retry or a Drop of `zograd.failures`, got {value!r:.80}.")
+    return value
 
 
 def _batch_dim(value: Any, typed: str, call: str) -> int | None:

@@ -285,6 +285,16 @@ class FnStream:
         """The seed that ``fn`` sees at direction ``index``."""
         return key(self._seed, Purpose.FN, 0 if self.shared else index + 1)
 
+    @property
+    def seed(self) -> int:
+        """The estimate's."""
+        return self._seed
+
+    @property
+    def depth(self) -> int:
+        """How many estimates this one is inside of, itself included."""
+        return self._depth
+
     def __enter__(self) -> FnStream:
         self._torch.__enter__()
         outer = _stream.get()

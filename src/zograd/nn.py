@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zograd.distributions.adapter import DistributionLike
     from zograd.estimator import Estimate
     from zograd.evaluators.base import Evaluator
+    from zograd.failures import Failures
     from zograd.schemes import Scheme
     from zograd.shaping import Shaping
 
@@ -312,7 +313,7 @@ class ZeroOrder(_ZeroOrderModule):
         *,
         evaluator: str | Evaluator = "loop",
         shaping: Shaping | None = None,
-        failures: str = "raise",
+        failures: Failures = "raise",
         generator: torch.Generator | None = None,
         seed: int | None = None,
     ) -> None:
