@@ -442,7 +442,6 @@ def slow(x):
     return float((x.round() ** 2).sum())
 
 
-@later("evaluators that run in other processes come later")
 def test_all_my_cores():
     """An evaluation takes seconds; use all my cores."""
     x = torch.full((3,), 1.2)

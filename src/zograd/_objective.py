@@ -150,6 +150,7 @@ class Objective:
         self.repeated: int = 0  # evaluations beyond one for each point, less those that a journal spared
         self.counted: Callable[..., None] | None = None  # told of evaluations as they begin, see `count`
         self.arrived: Callable[[int, int, Value], None] | None = None  # told of values as they come, by Evaluator
+        self.parcel: Any = None  # what an evaluator sends to its workers, once an estimate
         self.value: torch.Tensor = params[0]  # the center's, as fn returned it
         self.shape: torch.Size = torch.Size()
         self._fn = fn

@@ -66,6 +66,12 @@ class _ModuleFunction:
         self._watched = True
         return out
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As the module was before the center, with the parameters that are differentiated, for another process."""
+        module = self._frozen()
+        parameters = {id(p): p for p in module.parameters()}
+        return _ModuleFunction, (module, {name: parameters[identity] for identity, name in self._names.items()})
+
     def at_center(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """Evaluate as one plain call, whose traces :meth:`commit` leaves on the module."""
         self._frozen()
