@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import weakref
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from zograd._threads import cores
@@ -41,6 +41,7 @@ class Crew:
     def __init__(self, executor: Executor | None, factory: Callable[[], Executor] | None, workers: int | None) -> None:
         self.factory = factory
         self.names: set[str] = set()  # workers of this executor that have spoken
+        self.lost: int = 0  # workers that are busy with what nobody waits for any more
         self._executor = executor
         self._workers = workers
         self._lock = threading.RLock()
@@ -88,14 +89,19 @@ class Crew:
             '`if __name__ == "__main__":`, since they import it.'
         ) from cause
 
+    def meet(self) -> None:
+        """Wait for a first worker, so that no clock runs while it starts."""
+        executor = self.executor
+        if not self.names:
+            self.names.add(executor.submit(ping).result())
+
     @property
     def in_threads(self) -> bool:
         """Whether workers are threads of this process, which cannot be ended."""
         return isinstance(self._executor, ThreadPoolExecutor)
 
-    @property
-    def by_value(self) -> tuple[bool, ...]:
-        """How functions are pickled, in the order to try: processes of the standard library know the main module."""
+    def ways(self) -> tuple[bool, ...]:
+        """Whether functions are pickled by value, in the order to try: the standard library's know the main module."""
         return (False, True) if isinstance(self._executor, ProcessPoolExecutor) else (True,)
 
     @property
@@ -111,6 +117,22 @@ class Crew:
             return max(1, sum(self._executor._client.nthreads().values()))  # type: ignore[union-attr]
         return cores()
 
+    def abandon(self, future: Future[Any]) -> None:
+        """Leave a task to itself; its worker is lost until it comes back."""
+        executor = self._executor
+        self.lost += 1
+
+        def back(_: Future[Any]) -> None:
+            with self._lock:
+                self.lost -= self._executor is executor
+
+        future.add_done_callback(back)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the executor, as part of a module that goes to the workers."""
+        own = isinstance(self.factory, functools.partial) and self.factory.func is spawned
+        return Crew, (None, self.factory if own else None, self._workers)
+
     def __repr__(self) -> str:
         if self._executor is None and isinstance(self.factory, functools.partial):
             return f"workers={self._workers}"
@@ -121,7 +143,7 @@ class Crew:
         with self._lock:
             if self.owned and self._executor is not None:
                 self._executor = None
-                self.names = set()
+                self.names, self.lost = set(), 0
                 self._end()
 
 

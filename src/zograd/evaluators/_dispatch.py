@@ -28,6 +28,7 @@ __all__ = ["Dispatch"]
 
 _AHEAD = 2  # tasks under way for each worker: one that it does and one to go on with
 _LETHAL = 2  # deaths of workers after which a task is watched by itself
+torch_version = torch.__version__
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -94,12 +95,17 @@ class Dispatch:
         self._flying: dict[Future[Answer], _Errand] = {}
         self._serial = itertools.count()
         self._sent = 0  # times that the job was sent along, to this executor
-        self._lost = 0  # tasks left to themselves, whose workers may hang for ever
+        self._bringing: dict[str, _Errand] = {}  # what was last to bring the job, by the workers that missed it
         self._values: _Values | None = None
         self._center: torch.Tensor | None = None
         self._proof: bytes | None = None
 
     def __enter__(self) -> Dispatch:
+        if self._timeout is not None:
+            try:
+                self._crew.meet()
+            except BrokenExecutor as error:
+                self._broken(error)
         at_home[self._job.key] = self._job
         return self
 
@@ -207,8 +213,7 @@ class Dispatch:
 
     def _take(self, errand: _Errand, answer: Answer) -> None:
         if answer.missing:
-            errand.with_job = True
-            self._waiting.appendleft(errand)
+            self._bring(answer.worker, errand)
             return
         self._crew.names.add(answer.worker)
         if answer.proof is not None:
@@ -227,6 +232,14 @@ class Dispatch:
         if answer.error is not None:
             raise answer.error if isinstance(answer.error, BaseException) else unpacked_error(answer.error)
 
+    def _bring(self, worker: str, errand: _Errand) -> None:
+        """Send a task again, with the job unless another one is on its way with that to this worker, or one like it."""
+        on_its_way = [*self._flying.values(), *self._waiting]
+        if self._bringing.get(worker) not in on_its_way:
+            self._bringing[worker] = errand
+            errand.with_job = True
+        self._waiting.appendleft(errand)
+
     def _take_center(self, answer: Answer) -> None:
         if answer.error is None:
             fn = self._fn
@@ -236,10 +249,8 @@ class Dispatch:
 
     def _take_values(self, errand: _Errand, answer: Answer) -> int:
         shape, fn = self._fn.shape, self._fn
-        size = max(1, shape.numel())
         rows = _read(answer.data).view(-1, *shape) if shape.numel() else torch.empty((errand.points, *shape))
         assert self._values is not None
-        assert len(answer.data) % (8 * size) == 0
         for point, row in enumerate(rows, errand.lo):
             self._values.put(point, row)
             if fn.arrived is not None:
@@ -250,12 +261,15 @@ class Dispatch:
     def _check(self, worker: str, proof: bytes, version: str) -> None:
         if self._proof is None:
             self._proof = fingerprint(self._job.points)
-        if proof != self._proof or version != torch.__version__:
+        if version != torch_version:
             raise DeterminismError(
-                f"`Pool`: worker {worker} with torch {version} makes other points than this process with torch "
-                f"{torch.__version__} from the same seed"
-                if proof != self._proof
-                else f"`Pool`: worker {worker} has torch {version}, this process has torch {torch.__version__}"
+                f"`Pool`: worker {worker} has torch {version}, this process {torch_version}: directions, and so the "
+                "gradient, may differ. Install the same version everywhere."
+            )
+        if proof != self._proof:
+            raise DeterminismError(
+                f"`Pool`: worker {worker} makes other points than this process from the same seed, as if it were "
+                "another kind of machine. Its values would belong to another gradient."
             )
 
     # ------------------------------------------------------------------------------------------- what goes wrong
@@ -295,7 +309,8 @@ class Dispatch:
 
     def _renew(self) -> None:
         self._crew.end()
-        self._sent = self._lost = 0
+        self._sent = 0
+        self._bringing.clear()
 
     def _died(self, errand: _Errand, error: BaseException) -> WorkerError:
         died = WorkerError(f"`Pool`: a worker died while it evaluated {self._fn.name} at {self._where(errand)}.")
@@ -332,33 +347,41 @@ class Dispatch:
         late = {f: e for f, e in self._flying.items() if e.begun is not None and now >= self._deadline(e)}
         if not late:
             return
-        others = [e for f, e in self._flying.items() if f not in late]
         if self._crew.owned and not self._crew.in_threads:
+            others = [e for f, e in self._flying.items() if f not in late]
             self._flying.clear()
             self._renew()
             self._waiting.extendleft(reversed(others))
+            begun = list(late.values())
         else:
-            self._leave_behind(list(late))
-        for errand in late.values():
+            begun = self._leave_behind(late)
+        for errand in begun:
             if errand.points > 1:
                 self._waiting.extendleft(reversed(errand.single()))
             else:
-                self._failed(
-                    errand,
-                    EvaluationTimeout(
-                        f"`Pool(timeout={self._timeout:g})`: {self._fn.name} took longer at {self._where(errand)}."
-                    ),
-                )
+                self._failed(errand, self._too_long(errand))
 
-    def _leave_behind(self, futures: list[Future[Answer]]) -> None:
-        for future in futures:
-            self._lost += not future.cancel()
+    def _too_long(self, errand: _Errand) -> EvaluationTimeout:
+        return EvaluationTimeout(
+            f"`Pool(timeout={self._timeout:g})`: {self._fn.name} took longer at {self._where(errand)}."
+        )
+
+    def _leave_behind(self, late: dict[Future[Answer], _Errand]) -> list[_Errand]:
+        """Give up tasks whose workers cannot be ended, and return those that had begun."""
+        begun = []
+        for future, errand in late.items():
             del self._flying[future]
-        if self._lost >= self._crew.workers:
+            if future.cancel():  # no worker was free to take it
+                self._waiting.appendleft(errand)
+            else:
+                self._crew.abandon(future)
+                begun.append(errand)
+        if self._crew.lost >= self._crew.workers:
             raise EvaluationTimeout(
                 f"`Pool(timeout={self._timeout:g})`: all {self._crew.workers} workers hang in {self._fn.name}, and an "
                 "executor of others, or of threads, cannot be ended. Give a function that makes one of processes."
             )
+        return begun
 
     def _deadline(self, errand: _Errand) -> float:
         assert self._timeout is not None
@@ -370,7 +393,7 @@ class Dispatch:
         if self._timeout is None:
             return None
         now = time.monotonic()
-        busy = max(1, len(self._crew.names) - self._lost)
+        busy = max(1, len(self._crew.names) - self._crew.lost)
         for errand in itertools.islice(self._flying.values(), busy):
             if errand.begun is None:
                 errand.begun = now
@@ -393,6 +416,8 @@ class Dispatch:
                 self._take_last(self._flying.pop(future), future)
             if not done and late:
                 break
+        for future in self._flying:
+            self._crew.abandon(future)
         if self._flying and self._crew.owned:
             self._crew.end()
         self._flying.clear()

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from zograd._objective import Value
     from zograd._tree import Arguments, Leaves, Space
     from zograd.distributions.base import Distribution
-    from zograd.evaluators._crew import Crew
     from zograd.failures import Failures
 
 __all__ = ["CENTER_POINT", "Answer", "Job", "Parcel", "Task", "at_home", "fingerprint", "ping", "work"]
@@ -113,12 +112,12 @@ class Parcel:
 
     Args:
         job: the job.
-        crew: who it is for: how functions are pickled, in the order to try, depends on the executor.
+        ways: says whether functions are pickled by value, in the order to try; the executor may yet have to be made.
     """
 
-    def __init__(self, job: Job, crew: Crew) -> None:
+    def __init__(self, job: Job, ways: Callable[[], tuple[bool, ...]]) -> None:
         self._job: Job | None = job
-        self._crew = crew
+        self._ways = ways
         self._data: bytes | None = None
         self.error: Exception | None = None  # why it does not pickle, whatever the executor makes of that
 
@@ -129,7 +128,7 @@ class Parcel:
 
     def _packed(self) -> bytes:
         first: Exception | None = None
-        for by_value in self._crew.by_value:
+        for by_value in self._ways():
             try:
                 return pack(self._job, by_value=by_value)
             except Exception as error:
@@ -219,6 +218,7 @@ class Place:
                     values.extend(self._values(task.sides, task.lo, task.hi))
         except SystemExit as error:
             answer.error = WorkerError(f"{objective.name} called `sys.exit({error.code!r})` in a worker.")
+            answer.error.__cause__ = error
         except Exception as error:
             answer.error = error
         finally:

@@ -140,7 +140,7 @@ class Pool(Evaluator):
             owned=self._crew.owned,
             context=contextvars.copy_context(),
         )
-        parcel = fn.parcel = Parcel(job, self._crew)
+        parcel = fn.parcel = Parcel(job, self._crew.ways)
         return parcel
 
     def close(self) -> None:
@@ -167,9 +167,6 @@ class Pool(Evaluator):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
         return self  # a copy of a module works with the same workers
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_crew": Crew(None, None, None)}  # as part of a module that goes to the workers
 
 
 def _check_count(value: Any, name: str, *, none: bool) -> None:
