@@ -98,6 +98,7 @@ def test_the_signature_of_zero_order():
         ("batch_dim", (None, True)),
         ("generator", (None, True)),
         ("seed", (None, True)),
+        ("surrogate", (None, True)),
     ]
 
 
