@@ -294,8 +294,8 @@ MUTANTS = [
     Mutant(
         "error bars take dependent directions for independent ones",
         "_error_bars.py",
-        "        self.group = directions.distribution.group(directions.space, directions.num)\n",
-        "        self.group = 1\n",
+        "        return self.directions.distribution.group(self.directions.space, self.directions.num)\n",
+        "        return 1\n",
         ("test_error_bars.py",),
     ),
     Mutant(
@@ -311,6 +311,13 @@ MUTANTS = [
         "= (second.factor(), first.factor())",
         "= (first.factor(), second.factor())",
         ("test_surrogate.py",),
+    ),
+    Mutant(
+        "an estimate that stops early divides by its bound",
+        "_points.py",
+        "        return self._used\n",
+        "        return self.num\n",
+        ("test_until.py",),
     ),
 ]
 

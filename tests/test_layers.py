@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "zograd"
 # Each row may import the rows above it and nothing else; a row within a level is a level of its own (2.1 above 2.0).
 LEVELS = [
     ("L0", ["errors", "_versions"]),
-    ("L1.0", ["failures", "schemes", "shaping"]),
+    ("L1.0", ["sampling", "failures", "schemes", "shaping"]),
     ("L1.1", ["_digest", "_tree", "_random", "_reuse", "_threads"]),
     ("L1.2", ["_factored"]),
     ("L2.0", ["distributions.base"]),

@@ -24,6 +24,7 @@ from zograd.errors import (
 )
 from zograd.estimator import Estimate
 from zograd.optim import replay
+from zograd.sampling import Until
 from zograd.schemes import ANTITHETIC, FORWARD, FOURTH_ORDER, NAIVE, Scheme
 from zograd.slices import SliceCheck, check_slices
 from zograd.tracking import TrackedEstimate, Tracker
@@ -49,6 +50,7 @@ __all__ = [  # noqa: RUF022 - grouped as the reader meets them
     "FOURTH_ORDER",
     "NAIVE",
     "Scheme",
+    "Until",
     # what comes back
     "Estimate",
     "Options",
