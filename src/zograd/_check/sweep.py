@@ -1,0 +1,170 @@
+"""Estimates over a range of sigma: what they are off by, and how noisy they are."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from zograd._check.subject import OutOfBudgetError
+from zograd._contraction import contract, project
+from zograd.errors import ZeroOrderWarning
+from zograd.estimator import Recipe, estimate
+from zograd.evaluators import Batched, Evaluator, Loop, Vmap
+from zograd.schemes import ANTITHETIC, FORWARD, NAIVE, Scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zograd._check.subject import Subject
+    from zograd._objective import Objective
+    from zograd._points import Directions, Points
+    from zograd.distributions.base import Distribution
+    from zograd.evaluators.base import Piece
+
+__all__ = ["SCHEMES", "Cloud", "Samples", "cloud", "sample"]
+
+SCHEMES: tuple[Scheme, ...] = (FORWARD, ANTITHETIC, NAIVE)  # in the order of preference, where all else is equal
+_GROUPS = 16
+_VALUES = 1 << 27  # of all groups' gradients together
+
+
+class _Recorded(Evaluator):
+    """An evaluator that remembers the values."""
+
+    def __init__(self, inner: Evaluator) -> None:
+        self.inner = inner
+        self.batched = inner.batched
+        self.pieces: list[Piece] = []
+
+    def __call__(
+        self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
+    ) -> Iterator[Piece]:
+        for piece in self.inner(fn, points, lo, hi, center=center):
+            self.pieces.append(piece)
+            yield piece
+
+    def values(self) -> tuple[float, torch.Tensor]:
+        """The center's value, and (N, sides)."""
+        center, *rest = (torch.as_tensor(piece, dtype=torch.float64).cpu() for piece in self.pieces)
+        return center.item(), torch.cat([piece.reshape(len(piece), -1) for piece in rest])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Antithetic values around the parameters, of which every other scheme's coefficients can be made."""
+
+    sigma: float
+    radii: tuple[float, ...]
+    directions: Directions
+    center: float
+    values: torch.Tensor  # (N, 2): at theta + sigma eps and theta - sigma eps
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def coefficients(self, scheme: Scheme) -> torch.Tensor:
+        """What a scheme makes of them, over sigma: an estimate of the slope along each direction, (N,)."""
+        plus, minus = self.values.unbind(1)
+        if scheme is ANTITHETIC:
+            return (plus - minus) / (2 * self.sigma)
+        return (plus - self.center if scheme is FORWARD else plus) / self.sigma
+
+    def slopes(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The same for a linear function of that flat gradient, without any error."""
+        space, family = self.directions.space, self.directions.distribution
+        leaves = zip(space.split(gradient.to(space.dtype)), self.radii, strict=True)
+        scaled = space.join(tuple(leaf * radius**2 for leaf, radius in leaves))
+        dots = project(self.directions, self.radii, scaled)[:, 0].cpu()
+        return dots * (len(self) / family.scale(space) / self.sigma)
+
+
+def sample(
+    subject: Subject, distribution: Distribution, radii: tuple[float, ...], num: int, seed: int, *, vmapped: bool
+) -> Samples:
+    """Evaluate ``num`` antithetic pairs.
+
+    Returns:
+        The values.
+
+    Raises:
+        OutOfBudgetError: if that takes more evaluations than are left.
+    """
+    if 2 * num + 1 > subject.left:
+        raise OutOfBudgetError
+    inner: Evaluator = Batched() if subject.batched else Vmap() if vmapped else Loop()
+    recorded = _Recorded(inner)
+    recipe = Recipe(distribution, ANTITHETIC, num, radii, recorded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ZeroOrderWarning)  # small radii are part of the question
+        made = estimate(subject.objective(), recipe, subject.space, seed)
+    center, values = recorded.values()
+    return Samples(max(radii), radii, made.directions, center, values)
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Estimates of one vector by independent groups of directions, and what they tell about it."""
+
+    square: float  # of the mean's length, unbiased
+    square_error: float  # its standard error, by jackknife
+    variance: float  # of one direction's estimate, the trace
+    groups: torch.Tensor  # (groups, d) the groups' estimates
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the vector shows above the noise."""
+        return self.square > 2 * self.square_error
+
+    def most(self) -> float:
+        """What its squared length hardly exceeds."""
+        return max(self.square, 0.0) + 2 * self.square_error
+
+    def directions_needed(self, cosine: float = 0.9) -> float:
+        """N for a mean of that cosine: E|mean|^2 = |g|^2 + V/N; infinite where the vector does not show."""
+        return self.variance / self.square * _odds(cosine) if self.resolved else math.inf
+
+    def at_least(self, cosine: float = 0.9) -> float:
+        """What that hardly falls short of."""
+        most = self.most()
+        return self.variance / most * _odds(cosine) if most else math.inf
+
+    def cosine(self, num: int) -> float:
+        """What to expect of an estimate with so many directions."""
+        square = max(self.square, 0.0)
+        return math.sqrt(square / (square + self.variance / num)) if square else 0.0
+
+
+def _odds(cosine: float) -> float:
+    return cosine**2 / (1 - cosine**2)
+
+
+def cloud(samples: Samples, coefficients: torch.Tensor) -> Cloud:
+    """Group the directions and estimate by each group alone.
+
+    Args:
+        samples: whose directions.
+        coefficients: slopes along them, (N,).
+
+    Returns:
+        What the groups' estimates tell.
+    """
+    size = samples.directions.space.size
+    num = min(len(samples), max(4, min(_GROUPS, _VALUES // size)))
+    owner = torch.arange(len(samples)) * num // len(samples)
+    unit = tuple(r / samples.sigma for r in samples.radii)
+    rows = []
+    for k in range(num):
+        share = coefficients * (owner == k) * (len(samples) / (owner == k).sum())
+        rows.append(contract(samples.directions, unit, share[:, None]).double().cpu())
+    groups = torch.stack(rows)
+    gram = groups @ groups.T
+    off = gram.sum() - gram.trace()
+    square = float(off) / (num * (num - 1))
+    without = (off - 2 * (gram.sum(dim=1) - gram.diagonal())) / ((num - 1) * (num - 2))
+    error = math.sqrt(float((without - without.mean()).square().sum()) * (num - 1) / num)
+    within = float((groups - groups.mean(dim=0)).square().sum()) / (num - 1)
+    return Cloud(square, error, within * len(samples) / num, groups)
