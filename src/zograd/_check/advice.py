@@ -58,6 +58,9 @@ def needs(samples: Samples) -> tuple[dict[str, Need], Cloud]:
     """What each method would take, all from the same values.
 
     The square of the gradient is the antithetic one's for all: their means are the same, and its noise the least.
+
+    Returns:
+        The needs by method, and what the antithetic groups tell.
     """
     clouds = {scheme: cloud(samples, samples.coefficients(scheme)) for scheme in SCHEMES}
     ours = clouds[ANTITHETIC]
@@ -79,10 +82,8 @@ def evaluator(calls: Calls, pickling: Pickling, vectorized: Vectorized, *, batch
     if gain > _FASTER:
         return "vmap", f"torch.vmap gives the same values {gain:.1f} times as fast"
     if calls.seconds > _SLOW and pickling.works:
-        return (
-            "Pool",
-            f"a call takes {calls.seconds * 1e3:.3g} ms and fn pickles, so other processes can share the work",
-        )
+        took = f"{calls.seconds * 1e3:.3g} ms"
+        return "Pool", f"a call takes {took} and fn pickles: `zograd.evaluators.Pool` shares the work between processes"
     if calls.seconds > _SLOW:
         return "loop", "fn is slow but does not pickle; if it did, `Pool` could share the work between processes"
     if usable:

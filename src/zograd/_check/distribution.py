@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zograd._check.moments import Moments, Samplings
-from zograd._check.report import table
+from zograd._check.table import table
 from zograd._points import Directions
 from zograd._tree import Space, take_apart
 from zograd.distributions.adapter import DistributionLike, adapt

@@ -100,6 +100,9 @@ class _Sums:
 
         Far in the tail the normal law is off where samples are skewed: the Cornish-Fisher term says by how much. A
         deviation that is small by chance (a coordinate that was never visited) is replaced by the typical one.
+
+        Returns:
+            Both.
         """
         first, second, third = self._sums / self.num
         variance = (second - first**2).clamp_min(0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import statistics
@@ -24,6 +25,7 @@ __all__ = ["Calls", "Gradient", "Noise", "Pickling", "Vectorized", "autograd", "
 
 PLAIN_CALLS = 4
 _ROWS = 8  # points that are evaluated one by one and vectorized
+_SHARE = 16  # the part of the budget that the speed of many at once may take
 _LINE = 9  # points of the difference table
 _STEP = 64.0  # units in the last place between them
 _VMAP_TOLERANCE = 64.0  # roundings: vectorized kernels sum in another order
@@ -76,7 +78,7 @@ class _Entered:
 
     def __init__(self, subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         chosen = set(subject.arguments.form.argnums)
-        named = {i if isinstance(i, str) else int(i): x for i, x in [*enumerate(args), *kwargs.items()]}
+        named: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
         self._others = {f"argument {i}": x for i, x in named.items() if i not in chosen}
         self._reach = Reach(_nothing, self._others)
 
@@ -152,6 +154,9 @@ def noise(subject: Subject, found: Calls, seed: int) -> Noise:
 
     For a function that repeats itself this is that of its arithmetic, by the difference table of Moré and Wild (2011),
     doi:10.1137/100786125: along a line of tiny steps the differences of high order see the noise and nothing else.
+
+    Returns:
+        Its level and kind.
     """
     if not found.repeatable:
         values = [subject.value(seed=1) for _ in range(_LINE)]
@@ -178,7 +183,7 @@ def _table(values: list[float]) -> float:
     """The noise level by the first order of differences at which three agree within a factor of four."""
     levels, signs, row = [], [], values
     for k in range(1, len(values) - 2):
-        row = [b - a for a, b in zip(row, row[1:], strict=False)]
+        row = [b - a for a, b in itertools.pairwise(row)]
         gamma = math.factorial(k) ** 2 / math.factorial(2 * k)
         levels.append(math.sqrt(gamma * statistics.fmean(d * d for d in row)))
         signs.append(min(row) < 0 < max(row))
@@ -219,10 +224,12 @@ def vmap(subject: Subject, sigma: float, seed: int) -> Vectorized:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                objective.many(points, 0, vmapped=True, randomness="same")  # the first call sets things up
+                many = objective.many(points, 0, vmapped=True, randomness="same")  # sets things up, too
+                copies = max(1, subject.budget // _SHARE // _ROWS)
+                more = tuple(torch.cat([p] * copies) for p in points)
                 start = time.perf_counter()
-                many = objective.many(points, 0, vmapped=True, randomness="same")
-                seconds = (time.perf_counter() - start) / _ROWS
+                objective.many(more, 0, vmapped=True, randomness="same")
+                seconds = (time.perf_counter() - start) / (_ROWS * copies)
             except Exception as error:  # what vmap, or fn under it, raises
                 return Vectorized(False, f"{type(error).__name__}: {error}", looped=looped)
     expected = torch.tensor(single, dtype=torch.float64)

@@ -146,6 +146,9 @@ def roundoff_limit(subject: Subject, value: float, level: float, slope: float) -
 
     Rounding of values: the last place of the value's dtype, or what the difference table showed. Rounding of points:
     the last place of the parameters, against a step of sigma.
+
+    Returns:
+        The limit.
     """
     eps = torch.finfo(subject.dtype or torch.float32).eps
     sizes = [float(p.double().square().mean().sqrt()) * torch.finfo(p.dtype).eps for p in subject.params if p.numel()]

@@ -7,13 +7,15 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from zograd._check.table import table
+
 if TYPE_CHECKING:
     from zograd._check.advice import Need, Suggestion
     from zograd._check.distribution import DistributionReport
     from zograd._check.probes import Calls, Noise, Pickling, Vectorized
     from zograd._check.radii import Radius
 
-__all__ = ["Autograd", "CheckReport", "table"]
+__all__ = ["Autograd", "CheckReport"]
 
 
 @dataclass(frozen=True)
@@ -168,12 +170,6 @@ def _limits(ax: Any, report: CheckReport) -> None:
     ):
         if at:
             ax.axvline(at, ls="--", color=color, label=text)
-
-
-def table(title: str, rows: list[tuple[str, str]]) -> str:
-    """Two columns under a title."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join([title, "-" * len(title), *(f"{name:<{width}}  {text}".rstrip() for name, text in rows)])
 
 
 def _short(text: str | None) -> str:

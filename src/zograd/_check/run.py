@@ -11,8 +11,8 @@ import torch
 from zograd._check import advice, probes, radii
 from zograd._check.distribution import check_distribution
 from zograd._check.report import Autograd, CheckReport
-from zograd._check.subject import OutOfBudgetError, Subject
-from zograd._check.sweep import Cloud, Samples, cloud, sample
+from zograd._check.subject import Subject
+from zograd._check.sweep import SCHEMES, Cloud, Samples, cloud, sample
 from zograd._check.watch import RandomStates, Reach
 from zograd.distributions.gaussian import Gaussian
 from zograd.schemes import ANTITHETIC
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["check"]
 
 LEAST_BUDGET = 120
-_SINGLE = 48  # evaluations that single questions take, at most
 _SWEEP = 0.55  # of the rest
+_LEAST = 8  # directions that say more than the range's
 _TENTH = 0.1  # a bias or a difference from autograd above this is worth a note
 
 
@@ -192,7 +192,7 @@ class _Examination:
 
     def _sweep(self) -> tuple[list[radii.Radius], tuple[float, float]]:
         subject, found = self.subject, self.found
-        rest = subject.budget - _SINGLE
+        rest = subject.left
         points = 9 if rest >= 250 else 5
         num = max(4, int(rest * _SWEEP / points - 1) // 2)
         seen = [
@@ -213,14 +213,11 @@ class _Examination:
             return None
         num, unit = (self.subject.left - 1) // 2, tuple(best.sigma * u for u in self.unit)
         try:
-            fresh = (
-                sample(self.subject, self.family, unit, num, self.seed + 2, vmapped=self.vmapped) if num > 8 else None
-            )
-        except OutOfBudgetError:
-            fresh = None
-        except Exception:  # fn raises at some of the further points; the sweep's serve, and say so by their number
-            fresh = None
-        return fresh or best.samples
+            if num > _LEAST:
+                return sample(self.subject, self.family, unit, num, self.seed + 2, vmapped=self.vmapped)
+        except Exception:  # fn raises at some of the further points, or repeats them: the sweep's have to serve
+            return best.samples
+        return best.samples
 
     def _beside_autograd(self, final: Samples | None) -> Autograd:
         gradient = self.found.gradient
@@ -242,7 +239,7 @@ class _Examination:
             return None
         at = next((r.samples for r in sweep if r.sigma == self.given and r.samples is not None), None)
         at = final if final is not None and final.sigma == self.given else at
-        if at is None or options.method not in advice.SCHEMES:
+        if at is None or options.method not in SCHEMES:
             return None
         ours = cloud(at, at.coefficients(ANTITHETIC))
         one = cloud(at, at.coefficients(options.method))
