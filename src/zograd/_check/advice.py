@@ -54,23 +54,25 @@ class Suggestion:
     reasons: tuple[str, ...]
 
 
-def needs(samples: Samples) -> tuple[dict[str, Need], Cloud]:
+def needs(samples: Samples, ours: Cloud) -> dict[str, Need]:
     """What each method would take, all from the same values.
 
-    The square of the gradient is the antithetic one's for all: their means are the same, and its noise the least.
+    Args:
+        samples: at one sigma.
+        ours: what the antithetic estimates tell. The squared length of the gradient is theirs for all methods: the
+            means are the same, and their noise the least.
 
     Returns:
-        The needs by method, and what the antithetic groups tell.
+        The needs by method.
     """
-    clouds = {scheme: cloud(samples, samples.coefficients(scheme)) for scheme in SCHEMES}
-    ours = clouds[ANTITHETIC]
     found = {}
-    for scheme, one in clouds.items():
-        shared = Cloud(ours.square, ours.square_error, one.variance, ours.groups)
+    for scheme in SCHEMES:
+        variance = ours.variance if scheme is ANTITHETIC else cloud(samples, samples.coefficients(scheme)).variance
+        shared = Cloud(ours.square, ours.square_error, variance, ours.groups)
         num, least = shared.directions_needed(), shared.at_least()
         name = scheme.name.lower()
         found[name] = Need(name, num, least, 1 + len(scheme.sides) * (num if math.isfinite(num) else least))
-    return found, ours
+    return found
 
 
 def evaluator(calls: Calls, pickling: Pickling, vectorized: Vectorized, *, batched: bool) -> tuple[str, str]:

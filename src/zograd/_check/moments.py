@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,20 +10,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from zograd._points import Directions
-from zograd.distributions.base import Dense, Distribution
+from zograd.distributions.base import Distribution
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from zograd._tree import Space
+    from zograd.distributions.base import Noise
 
-__all__ = ["Moments", "Samplings"]
+__all__ = ["Moments", "Samplings", "dense", "student"]
 
 _MEANS = 256  # independent means that every test rests on
 _ROWS = 32  # directions in one of them, of an independent family
 _FRAME = 64  # likewise of one with groups
 _VALUES = 1 << 24  # about as many are looked at
-_PAIRS = 128
+_PAIRS = 64  # seeds of a family with groups
+_SEEDS = 2  # of an independent one
+_SAMPLES = 1 << 12  # directions of each
+_LARGEST = 1 << 20  # values of a group
 _VECTORS = 6
 
 
@@ -57,30 +62,35 @@ class Samplings:
             hi = min(lo + step, len(directions))
             yield self._whole(directions, lo, hi).view(-1, self.rows, self.space.size)
 
-    def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Neighboring groups of one seed, then first groups of neighboring seeds; none if they are too large."""
+    def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Neighboring groups of one seed, and first groups of neighboring seeds; none if they are too large."""
         block = max(self.family.group(self.space, 1 << 16), self.family.rows(self.space, 1 << 16))
-        num = 2 * min(block, self.rows)
-        if block * self.space.size > 1 << 18:
-            return
-        means = max(16, min(_PAIRS, _VALUES // (block * self.space.size)))
-        last = None
-        for k in range(means):
-            directions = Directions(self.family, self.space, self.seed + k, block + num // 2)
-            first = self._whole(directions, 0, num // 2)
-            yield first, self._whole(directions, block, block + num // 2)
-            if last is not None:
-                yield last, first
-            last = first
+        if block * self.space.size > _LARGEST:
+            return []
+        independent = self.family.independent  # each direction then is a sample of its own
+        num = min(block, _SAMPLES if independent else self.rows)
+        found = []
+        seeds = _PAIRS if block * self.space.size <= _LARGEST >> 3 else _PAIRS >> 2
+        for k in range(_SEEDS if independent else seeds):
+            directions = Directions(self.family, self.space, self.seed + k, block + num)
+            found.append((self._whole(directions, 0, num), self._whole(directions, block, block + num)))
+        firsts = [first for first, _ in found]
+        return found + list(itertools.pairwise(firsts))
 
     def _whole(self, directions: Directions, lo: int, hi: int) -> torch.Tensor:
-        family, space = self.family, self.space
-        noise = directions.noise(lo, hi)
-        if isinstance(family, Dense):
-            return noise[0].clone()
-        zeros = tuple(torch.zeros(shape, dtype=space.dtype) for shape in space.shapes)
-        rows = zip(*[part.unbind(0) for part in family.parts(space, noise)], strict=True)
-        return torch.stack([space.join(family.shift(space, zeros, row, (1.0,) * len(zeros))) for row in rows])
+        return dense(self.family, self.space, directions.noise(lo, hi))
+
+
+def dense(family: Distribution, space: Space, noise: Noise) -> torch.Tensor:
+    """Directions as the points show them: a copy, of shape (rows, size)."""
+    zeros = tuple(torch.zeros(shape, dtype=space.dtype) for shape in space.shapes)
+    leaves = family.shift(space, zeros, family.parts(space, noise), (1.0,) * len(zeros))
+    return torch.cat([leaf.reshape(noise[0].shape[0], -1) for leaf in leaves], dim=1)
+
+
+def student(z: float, freedom: int) -> float:
+    """Student's quantile where the normal law has z, since deviations are those of the samples (Cornish-Fisher)."""
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 class _Sums:
@@ -110,7 +120,8 @@ class _Sums:
         deviation = torch.maximum(variance, variance.mean()).sqrt()
         skewness = torch.maximum(central.abs(), central.abs().mean()) / deviation.clamp_min(1e-300) ** 3
         skewness = torch.where(deviation > _EXACT, skewness, torch.zeros_like(skewness))
-        allowed = (z + skewness * (z**2 - 1) / (6 * math.sqrt(self.num))) * deviation / math.sqrt(self.num) + _EXACT
+        limit = student(z, self.num - 1) + skewness * (z**2 - 1) / (6 * math.sqrt(self.num))
+        allowed = limit * deviation / math.sqrt(self.num) + _EXACT
         off = (first - expected).abs().nan_to_num(nan=math.inf)
         k = int((off / allowed).argmax())
         return float(off[k] / allowed[k]), float(off.max())
@@ -135,8 +146,8 @@ class Moments:
 
     @property
     def tests(self) -> int:
-        """How many comparisons a report makes, those of independence included."""
-        return 2 * self.space.size + _VECTORS + self._pairs.shape[1] + 5
+        """How many comparisons a report makes, and a tenth more for those of independence."""
+        return math.ceil(1.1 * (2 * self.space.size + _VECTORS + self._pairs.shape[1] + 1))
 
     def add(self, groups: torch.Tensor) -> None:
         """Take some groups, (groups, rows, size)."""

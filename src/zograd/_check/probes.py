@@ -16,6 +16,7 @@ import torch
 from zograd._check.watch import RandomStates, Reach
 from zograd._objective import as_tensor
 from zograd._random import FnStream, TorchStream, plain_call
+from zograd.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from zograd._check.subject import Subject
@@ -50,7 +51,7 @@ def calls(subject: Subject) -> Calls:
     entered: list[Any] = []
     subject.before = lambda args, kwargs: entered.append(_Entered(subject, args, kwargs))
     point, state = tuple(p.clone() for p in subject.params), RandomStates(subject.space.device)
-    reach = Reach(subject.fn, {})
+    reach = subject.reach()
     try:
         first, seconds = _timed(subject, point)
         draws = state.moved()
@@ -58,6 +59,8 @@ def calls(subject: Subject) -> Calls:
     finally:
         subject.before = None
     written = not all(map(torch.equal, point, subject.params)) or entered[-1].wrote(point)
+    if not math.isfinite(first):
+        raise NonFiniteError(f"{subject.name} returned {first} at the arguments themselves (the center).")
     more = [_timed(subject, None) for _ in range(PLAIN_CALLS - 1)]
     values = [first, *(value for value, _ in more)]
     alike = [subject.value(seed=1) for _ in range(2)]
@@ -78,7 +81,7 @@ class _Entered:
 
     def __init__(self, subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         chosen = set(subject.arguments.form.argnums)
-        named: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         self._others = {f"argument {i}": x for i, x in named.items() if i not in chosen}
         self._reach = Reach(_nothing, self._others)
 
@@ -207,8 +210,8 @@ class Vectorized:
     warning: str | None = None
 
 
-def vmap(subject: Subject, sigma: float, seed: int) -> Vectorized:
-    """Evaluate some points one by one and vectorized, under one random state."""
+def vmap(subject: Subject, sigma: float, level: float, seed: int) -> Vectorized:
+    """Evaluate some points one by one and vectorized, under one random state; ``level`` is the noise floor."""
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randn((_ROWS, *p.shape), generator=generator, dtype=torch.float32) for p in subject.params]
     points = tuple(
@@ -234,10 +237,10 @@ def vmap(subject: Subject, sigma: float, seed: int) -> Vectorized:
                 return Vectorized(False, f"{type(error).__name__}: {error}", looped=looped)
     expected = torch.tensor(single, dtype=torch.float64)
     size = float(expected.abs().max()) or 1.0
-    difference = float((many.cpu() - expected).abs().nan_to_num(nan=math.inf).max()) / size
-    same = difference <= _VMAP_TOLERANCE * torch.finfo(subject.dtype or torch.float32).eps
+    difference = float((many.cpu() - expected).abs().nan_to_num(nan=math.inf).max())
+    same = difference <= _VMAP_TOLERANCE * max(torch.finfo(subject.dtype or torch.float32).eps * size, level)
     slow = next((str(w.message) for w in caught if "performance drop" in str(w.message)), None)
-    return Vectorized(True, None, difference, same, seconds, looped, slow)
+    return Vectorized(True, None, difference / size, same, seconds, looped, slow)
 
 
 @dataclass(frozen=True)
@@ -248,8 +251,10 @@ class Gradient:
     error: str | None = None
 
 
-def autograd(subject: Subject, seed: int) -> Gradient:
+def autograd(subject: Subject, found: Calls, seed: int) -> Gradient:
     """Ask autograd for the gradient at the parameters."""
+    if not found.deterministic:
+        return Gradient(None, "fn is random, and autograd's gradient is that of one luck")
     if subject.batched:
         return Gradient(None, 'under `evaluator="batched"` it is not asked')
     leaves = tuple(p.clone().requires_grad_() for p in subject.params)

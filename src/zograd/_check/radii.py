@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from zograd._check.subject import Subject
     from zograd.distributions.base import Distribution
 
-__all__ = ["Radius", "choose", "grid", "look", "roundoff_limit", "tenth", "with_bias"]
+__all__ = ["Radius", "choose", "grid", "look", "roundoff_limit", "smooth", "tenth", "with_bias"]
 
 _POINTS = 9
 _FLAT = 1.5  # scores within this factor of the best are as good
@@ -31,7 +32,8 @@ class Radius:
     Attributes:
         sigma: the largest radius of a leaf.
         signal: the length of the mean gradient there; 0 where it does not show above the noise.
-        bias: the distance of that mean from the reference, over the reference's length; nan without a reference.
+        bias: the distance of that mean from the reference, over the reference's length; nan without a reference. It
+            is autograd's gradient, or that of the least sigma whose differences are neither noise nor jumps.
         bias_limit: what that hardly exceeds, its two standard errors included.
         deviation: the deviation of one direction's estimate, likewise over the reference's length.
         error: what ``fn`` raised there, or None.
@@ -92,11 +94,43 @@ def with_bias(radii: Sequence[Radius], gradient: torch.Tensor | None, limit: flo
         The same with more filled in.
     """
     usable = [r for r in radii if r.samples is not None]
-    reference = next((r for r in usable if r.signal > 0 and r.sigma >= limit), None)
-    if gradient is None and reference is None:
+    reference = _reference([r for r in usable if r.sigma >= limit])
+    if gradient is not None:
+        length = float(gradient.double().norm())
+    elif reference is not None:
+        length = reference.signal or _rms(reference)
+    else:
         return list(radii)
-    length = float(gradient.double().norm()) if gradient is not None else reference.signal  # type: ignore[union-attr]
     return [r if r.samples is None else _filled(r, gradient, reference, length) for r in radii]
+
+
+def _reference(usable: list[Radius]) -> Radius | None:
+    """The least sigma whose slopes are those of the next one, too; else the least that shows a gradient."""
+    pairs = itertools.pairwise(usable)
+    agreeing = (a for a, b in pairs if _agree(a, b))
+    return next(agreeing, None) or next((r for r in usable if r.signal > 0), None)
+
+
+def smooth(best: Radius, radii: Sequence[Radius]) -> bool:
+    """Whether the slopes at a sigma are also those at a neighboring one: the function is nearly linear over it."""
+    usable = [r for r in radii if r.samples is not None]
+    k = next(i for i, r in enumerate(usable) if r.sigma == best.sigma)
+    return any(_agree(best, other) for other in (*usable[max(0, k - 1) : k], *usable[k + 1 : k + 2]))
+
+
+def _agree(a: Radius, b: Radius) -> bool:
+    assert a.samples is not None
+    assert b.samples is not None
+    x, y = (r.samples.coefficients(ANTITHETIC) for r in (a, b) if r.samples is not None)
+    return bool(x.any()) and float((x - y).norm()) < _AGREEING * float(x.norm())
+
+
+_AGREEING = 0.3  # as a relative difference
+
+
+def _rms(r: Radius) -> float:
+    assert r.samples is not None
+    return float(r.samples.coefficients(ANTITHETIC).square().mean().sqrt())
 
 
 def _filled(r: Radius, gradient: torch.Tensor | None, reference: Radius | None, length: float) -> Radius:

@@ -12,8 +12,8 @@ from zograd._check import advice, probes, radii
 from zograd._check.distribution import check_distribution
 from zograd._check.report import Autograd, CheckReport
 from zograd._check.subject import Subject
-from zograd._check.sweep import SCHEMES, Cloud, Samples, cloud, sample
-from zograd._check.watch import RandomStates, Reach
+from zograd._check.sweep import SCHEMES, Cloud, Samples, cloud, sample, square_of
+from zograd._check.watch import RandomStates
 from zograd.distributions.gaussian import Gaussian
 from zograd.schemes import ANTITHETIC
 
@@ -53,6 +53,7 @@ def check(
 
     Random states, parameters, buffers, gradients and tensors that ``fn`` reaches are left as they were found; of
     Python objects that ``fn`` changes it is told, but they stay changed. ``fn`` gets copies of its arguments' tensors.
+    A :class:`zograd.Tracker` does not count these evaluations, the report does.
     Directions are those of a decorated function where they are independent of each other, else Gaussian ones.
 
     Args:
@@ -90,7 +91,7 @@ def check(
         subject = Subject(fn, args, kwargs, chosen, budget)
         if subject.space.device.type != "cpu":
             states = RandomStates(subject.space.device)
-        reach = Reach(subject.fn, {"module": fn} if isinstance(fn, torch.nn.Module) else {})
+        reach = subject.reach()
         try:
             return _Examination(subject, seed).report()
         finally:
@@ -140,9 +141,12 @@ class _Examination:
         sweep, limits = self._sweep()
         best = radii.choose(sweep, max(limits))
         final = self._final(best)
-        needed, whole = advice.needs(final) if final is not None else ({}, None)
-        compared = self._beside_autograd(final)
-        given_cosine = self._given_cosine(sweep, final)
+        compared, whole = self._beside_autograd(final), None
+        if best is not None and final is not None:
+            ours = cloud(final, final.coefficients(ANTITHETIC))
+            whole = self._known(ours, compared) or square_of(final, ours, smooth=radii.smooth(best, sweep))
+        needed = advice.needs(final, whole) if final is not None and whole is not None else {}
+        given_cosine = self._given_cosine(sweep)
         suggestion = self._suggest(best, needed, whole)
         problems, notes = self._verdicts(sweep, limits, compared)
         distribution = self._distribution()
@@ -181,12 +185,12 @@ class _Examination:
             vectorized = probes.Vectorized(False, 'fn takes many points at once, as `evaluator="batched"` asks')
         else:
             sigma = self.given or min(radii.grid(subject, None, 3)[1], 1.0)
-            vectorized = self._vmap(sigma)
-        return _Found(calls, pickling, noise, vectorized, probes.autograd(subject, self.seed))
+            vectorized = self._vmap(sigma, noise.level)
+        return _Found(calls, pickling, noise, vectorized, probes.autograd(subject, calls, self.seed))
 
-    def _vmap(self, sigma: float) -> probes.Vectorized:
+    def _vmap(self, sigma: float, level: float) -> probes.Vectorized:
         try:
-            return probes.vmap(self.subject, sigma, self.seed)
+            return probes.vmap(self.subject, sigma, level, self.seed)
         except Exception as error:  # fn's own, at some point away from the center
             return probes.Vectorized(False, f"fn raised at sigma = {sigma:.2g}: {type(error).__name__}: {error}")
 
@@ -233,18 +237,23 @@ class _Examination:
         cosine = scale / math.sqrt(square) if square > 0 else math.nan
         return Autograd(True, None, max(-1.0, min(1.0, cosine)), scale, error)
 
-    def _given_cosine(self, sweep: list[radii.Radius], final: Samples | None) -> float | None:
+    def _known(self, ours: Cloud, compared: Autograd) -> Cloud | None:
+        """With the length that follows from autograd's gradient and the bias, which are known better than by chance."""
+        flat = self.found.gradient.flat
+        if flat is None or not compared.cosine > 0:
+            return None
+        square = float(flat.double().norm()) ** 2
+        return ours.replace(square * (compared.scale / compared.cosine) ** 2, 2 * square * compared.scale_error)
+
+    def _given_cosine(self, sweep: list[radii.Radius]) -> float | None:
         options = self.subject.options
-        if options is None:
+        at = next((r for r in sweep if r.sigma == self.given and r.samples is not None), None)
+        if options is None or at is None or at.samples is None or options.method not in SCHEMES:
             return None
-        at = next((r.samples for r in sweep if r.sigma == self.given and r.samples is not None), None)
-        at = final if final is not None and final.sigma == self.given else at
-        if at is None or options.method not in SCHEMES:
-            return None
-        ours = cloud(at, at.coefficients(ANTITHETIC))
-        one = cloud(at, at.coefficients(options.method))
-        mixed = Cloud(ours.square, ours.square_error, one.variance, ours.groups)
-        return mixed.cosine(options.num_samples or self.subject.space.dim)
+        ours = cloud(at.samples, at.samples.coefficients(ANTITHETIC))
+        ours = square_of(at.samples, ours, smooth=radii.smooth(at, sweep))
+        one = cloud(at.samples, at.samples.coefficients(options.method)).replace(ours.square, ours.square_error)
+        return one.cosine(options.num_samples or self.subject.space.dim)
 
     def _suggest(
         self, best: radii.Radius | None, needed: dict[str, advice.Need], whole: Cloud | None
@@ -263,7 +272,9 @@ class _Examination:
 
     def _distribution(self) -> Any:
         options, space = self.subject.options, self.subject.space
-        if options is None or options.batch_dim is not None or space.size > _LARGE:
+        if options is None or options.batch_dim is not None:
+            return None
+        if space.size > (_LARGE if options.distribution.independent else _SMALL):
             return None
         return check_distribution(options.distribution, space.shapes, dtype=space.dtype, seed=self.seed)
 
@@ -274,9 +285,11 @@ class _Examination:
         problems, notes = [], [self.family_note] if self.family_note else []
         if found.calls.changed:
             problems.append(f"fn changes {', '.join(found.calls.changed)}: later evaluations see another function.")
+        if all(r.samples is not None and not r.samples.varies for r in sweep):
+            problems.append("fn has the same value at all points that were tried: there is no gradient to estimate.")
         if found.calls.writes_to_point:
             notes.append("fn writes to its differentiated argument; zograd gives it a copy.")
-        if not found.calls.repeatable:
+        if not found.calls.repeatable and not found.calls.changed:
             notes.append(
                 "fn is random with one torch random state: seed what it draws from with `zograd.current_seed()`, so "
                 "that both sides of a pair have the same luck."
@@ -299,7 +312,8 @@ class _Examination:
         return problems, notes
 
 
-_LARGE = 1 << 16  # parameters up to which a distribution is looked at along the way
+# Parameters up to which a distribution is looked at along the way: a second, or one with groups some.
+_LARGE, _SMALL = 1 << 13, 1 << 8
 
 
 def _slope(seen: list[radii.Radius]) -> float:
@@ -324,4 +338,6 @@ def _cheapest(needed: dict[str, advice.Need], calls: probes.Calls) -> str:
 
 
 def _unresolved(whole: Cloud) -> str:
+    if math.isinf(whole.at_least()):
+        return "no gradient shows"
     return f"no gradient shows above the noise in these evaluations; N is more than {whole.at_least():.3g}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from zograd._check.watch import Reach
 from zograd._objective import Habits, Objective, as_tensor, function_name
 from zograd._options import Options
 from zograd._random import TorchStream, plain_call
@@ -63,6 +64,7 @@ class Subject:
         self.given = given
         self.fn, self.options, arguments = _taken_apart(given, args, kwargs, argnums)
         self.name: str = function_name(self.fn)
+        self.__qualname__ = self.name.strip("`")
         self.arguments: Arguments = _with_copies(arguments)
         self.params: Leaves = tuple(p.detach().clone() for p in arguments.params())
         _check_leaves(self.params, self.name)
@@ -93,6 +95,10 @@ class Subject:
         if evaluations > self.left:
             raise OutOfBudgetError
         self.evaluations += evaluations
+
+    def reach(self) -> Reach:
+        """A picture of what the function can reach beside its arguments."""
+        return Reach(self.fn, {"the module": self.given} if isinstance(self.given, nn.Module) else {})
 
     def objective(self) -> Objective:
         """What evaluators and estimates take."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from zograd.distributions.base import Distribution
     from zograd.evaluators.base import Piece
 
-__all__ = ["SCHEMES", "Cloud", "Samples", "cloud", "sample"]
+__all__ = ["SCHEMES", "Cloud", "Samples", "cloud", "sample", "square_of"]
 
 SCHEMES: tuple[Scheme, ...] = (FORWARD, ANTITHETIC, NAIVE)  # in the order of preference, where all else is equal
 _GROUPS = 16
@@ -65,6 +65,11 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    @property
+    def varies(self) -> bool:
+        """Whether any value is another than the center's."""
+        return bool((self.values != self.center).any())
 
     def coefficients(self, scheme: Scheme) -> torch.Tensor:
         """What a scheme makes of them, over sigma: an estimate of the slope along each direction, (N,)."""
@@ -119,6 +124,10 @@ class Cloud:
         """Whether the vector shows above the noise."""
         return self.square > 2 * self.square_error
 
+    def replace(self, square: float, error: float) -> Cloud:
+        """The same with a squared length that is known from elsewhere."""
+        return Cloud(square, error, self.variance, self.groups)
+
     def most(self) -> float:
         """What its squared length hardly exceeds."""
         return max(self.square, 0.0) + 2 * self.square_error
@@ -136,6 +145,21 @@ class Cloud:
         """What to expect of an estimate with so many directions."""
         square = max(self.square, 0.0)
         return math.sqrt(square / (square + self.variance / num)) if square else 0.0
+
+
+def square_of(samples: Samples, one: Cloud, *, smooth: bool) -> Cloud:
+    """The cloud with the best guess at the vector's squared length.
+
+    Where it does not show in the products of groups, and the function is smooth at this sigma, the mean square of the
+    slopes serves: of a linear function that is what they are.
+
+    Returns:
+        The cloud, or one with that length.
+    """
+    if one.resolved or not smooth:
+        return one
+    squares = samples.coefficients(ANTITHETIC).square()
+    return one.replace(float(squares.mean()), float(squares.std()) / math.sqrt(len(squares)))
 
 
 def _odds(cosine: float) -> float:

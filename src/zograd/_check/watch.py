@@ -112,6 +112,8 @@ def _held(thing: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
         yield from _held(thing.__func__, seen)
     elif inspect.isfunction(thing):
         yield from _of_function(thing, seen)
+    elif type(thing).__module__.startswith("zograd."):
+        return
     elif not isinstance(thing, (type, nn.Module, types.BuiltinFunctionType)):
         yield "self", vars(thing) if hasattr(thing, "__dict__") else thing
 
