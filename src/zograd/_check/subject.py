@@ -107,9 +107,12 @@ class Subject:
         return objective
 
     def value(self, params: Leaves | None = None, seed: int | None = None) -> float:
-        """The value in one plain call; with ``seed`` torch's random stream begins there, else it goes on."""
+        """The value in one plain call; with ``seed`` torch's random stream begins there, else it goes on.
+
+        ``params`` may be written to by ``fn``; without them it gets copies of its own.
+        """
         objective = self.objective()
-        point = tuple(p.clone() for p in (self.params if params is None else params))
+        point = tuple(p.clone() for p in self.params) if params is None else params
         point = tuple(p.unsqueeze(0) for p in point) if self.batched else point
 
         def call() -> torch.Tensor:

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMES", "Cloud", "Samples", "cloud", "sample", "square_of"]
 
 SCHEMES: tuple[Scheme, ...] = (FORWARD, ANTITHETIC, NAIVE)  # in the order of preference, where all else is equal
-_GROUPS = 16
-_VALUES = 1 << 27  # of all groups' gradients together
+# Groups: a variance over few of them is known badly where there are few parameters, and many cost time where many.
+_GROUPS, _MOST = 16, 256
+_SMALL = 1 << 20  # values up to which there are more groups
+_VALUES = 1 << 27  # of all groups' gradients together, at most
 
 
 class _Recorded(Evaluator):
@@ -177,7 +179,7 @@ def cloud(samples: Samples, coefficients: torch.Tensor) -> Cloud:
         What the groups' estimates tell.
     """
     size = samples.directions.space.size
-    num = min(len(samples), max(4, min(_GROUPS, _VALUES // size)))
+    num = min(len(samples), max(4, min(_MOST, _VALUES // size)), max(_GROUPS, _SMALL // size))
     owner = torch.arange(len(samples)) * num // len(samples)
     unit = tuple(r / samples.sigma for r in samples.radii)
     rows = []

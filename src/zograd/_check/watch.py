@@ -108,14 +108,19 @@ def _held(thing: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
         yield "the arguments of the partial", [thing.args, thing.keywords]
         yield from _held(thing.func, seen)
     elif inspect.ismethod(thing):
-        yield "self", thing.__self__
+        yield "self", _state(thing.__self__)
         yield from _held(thing.__func__, seen)
     elif inspect.isfunction(thing):
         yield from _of_function(thing, seen)
     elif type(thing).__module__.startswith("zograd."):
         return
     elif not isinstance(thing, (type, nn.Module, types.BuiltinFunctionType)):
-        yield "self", vars(thing) if hasattr(thing, "__dict__") else thing
+        yield "self", _state(thing)
+
+
+def _state(thing: Any) -> Any:
+    """An object's attributes one by one, so that one that does not pickle does not hide the others."""
+    return thing if isinstance(thing, nn.Module) or not hasattr(thing, "__dict__") else dict(vars(thing))
 
 
 def _of_function(function: types.FunctionType, seen: set[int]) -> Iterator[tuple[str, Any]]:
