@@ -220,7 +220,7 @@ def test_the_bias_is_that_of_the_closed_form(known):
         return value if known else float(value.detach())
 
     x = torch.linspace(0.5, 2, 6, dtype=torch.float64)
-    report = check(cubic, x, budget=20_000)
+    report = check(cubic, x, budget=10_000)
     assert report.autograd.differentiable == known
     length = float((3 * x**2).norm())
     for radius in report.sweep[-3:]:
@@ -230,7 +230,7 @@ def test_the_bias_is_that_of_the_closed_form(known):
 
 def test_the_deviation_is_that_of_the_closed_form():
     """Of a linear function (d + 1) |g|^2 is the variance of an antithetic direction."""
-    report = check(lambda x: (x * SLOPE).sum(), X, budget=20_000)
+    report = check(lambda x: (x * SLOPE).sum(), X, budget=10_000)
     for radius in report.sweep[2:]:
         assert radius.deviation == pytest.approx(math.sqrt(13), rel=0.1)
     for method in ("forward", "antithetic"):
@@ -326,7 +326,7 @@ def test_a_staircase_is_not_differentiable():
 
 def test_a_decorated_function_is_judged_by_its_settings():
     decorated = zero_order(method="antithetic", num_samples=13, sigma=0.05)(lambda x: (x * SLOPE).sum())
-    report = check(decorated, X, budget=20_000)
+    report = check(decorated, X, budget=8000)
     assert any(radius.sigma == 0.05 for radius in report.sweep)
     assert report.given_cosine == pytest.approx(math.sqrt(0.5), abs=0.05)  # N / (N + d + 1)
     assert report.distribution.name == "Gaussian()"
@@ -405,7 +405,7 @@ def test_trees_keywords_and_several_values():
 
 def test_sigma_by_leaf_keeps_its_proportions():
     fn = zero_order(method="antithetic", sigma={"a": 0.1, "b": 0.02})(lambda p: (3 * p["a"] - p["b"]).sum())
-    report = check(fn, {"a": torch.ones(2), "b": torch.ones(2)}, budget=20_000)
+    report = check(fn, {"a": torch.ones(2), "b": torch.ones(2)}, budget=10_000)
     assert any(radius.sigma == 0.1 for radius in report.sweep)
     assert report.autograd.scale == pytest.approx(1, abs=1e-3)
     # The variance of sum_k (g_k r_k e_k) e_l / r_l over l: (sum g^2 r^2) (sum 1 / r^2) + |g|^2.
@@ -432,7 +432,7 @@ def test_batched_functions():
     assert report.suggestion.num_samples == pytest.approx(0.81 / 0.19 * 13, rel=0.3)
 
 
-# ----------------------------------------------------------------------------------------------------- budget and errors
+# ---------------------------------------------------------------------------------------------------- budget and errors
 
 
 @pytest.mark.parametrize("budget", [120, 300, 1001])

@@ -109,7 +109,7 @@ class DistributionReport:
 def check_distribution(
     d: DistributionLike | None, shape: Any, *, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> DistributionReport:
-    r"""Look at a distribution of directions: is :math:`s \, \mathbb{E}[\epsilon \epsilon^\top]` what it says?
+    r"""Look whether a distribution of directions is what it says, :math:`s \, \mathbb{E}[\epsilon \epsilon^\top] = I`.
 
     Tested are the mean of every value and along some random vectors (zero, unless the family says otherwise); the
     square of every value and the products along these vectors against the family's own covariance statement, the
@@ -289,7 +289,8 @@ def _speed(family: Distribution, space: Space) -> tuple[float, Finding]:
     noise = family.empty(space, num)
     values = num * space.size
     ours = _best(lambda k: family.draw(space, noise, k, 0))
-    randn = _best(lambda k: torch.randn(values, dtype=space.dtype))
+    generator = torch.Generator()
+    randn = _best(lambda k: torch.randn(values, dtype=space.dtype, generator=generator))
     ratio = ours / randn
     return ratio, Finding("speed", None, f"{ratio:.2g} times what torch.randn takes for {values} values")
 

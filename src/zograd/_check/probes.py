@@ -34,16 +34,27 @@ _VMAP_TOLERANCE = 64.0  # roundings: vectorized kernels sum in another order
 
 @dataclass(frozen=True)
 class Calls:
-    """What plain calls at the parameters show."""
+    """What plain calls at the parameters show.
+
+    Attributes:
+        value: of the first call.
+        deterministic: whether all calls gave the same bits.
+        repeatable: whether two calls did with torch's random state alike.
+        draws: the packages whose global random stream moved, of torch, numpy and python.
+        changed: what the first call changed, by name.
+        writes_to_point: whether it wrote to its differentiated arguments, of which it gets copies.
+        seconds: the median of one call.
+        deviation: of the values, if they differ.
+    """
 
     value: float
     deterministic: bool
-    repeatable: bool  # with torch's random state alike
-    draws: tuple[str, ...]  # the packages whose global stream moved
+    repeatable: bool
+    draws: tuple[str, ...]
     changed: tuple[str, ...]
     writes_to_point: bool
     seconds: float
-    deviation: float  # of the values, if they differ
+    deviation: float
 
 
 def calls(subject: Subject) -> Calls:
@@ -104,7 +115,12 @@ def _timed(subject: Subject, point: Leaves | None) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Pickling:
-    """Whether it reaches another process."""
+    """Whether a function reaches another process.
+
+    Attributes:
+        works: whether it and its arguments pickle, and what comes back has the same value.
+        error: why not, or None.
+    """
 
     works: bool
     error: str | None
@@ -146,10 +162,15 @@ def _same_after(subject: Subject, again: Any, expected: float) -> Pickling:
 
 @dataclass(frozen=True)
 class Noise:
-    """How far two values may differ that should be one: the standard deviation."""
+    """How far two values may differ that should be one.
+
+    Attributes:
+        level: the standard deviation of a value.
+        kind: ``"none"``, ``"round-off"`` or ``"random"``.
+    """
 
     level: float
-    kind: str  # "none", "round-off", "random"
+    kind: str
 
 
 def noise(subject: Subject, found: Calls, seed: int) -> Noise:
@@ -199,14 +220,24 @@ def _table(values: list[float]) -> float:
 
 @dataclass(frozen=True)
 class Vectorized:
-    """What ``torch.vmap`` makes of it."""
+    """What ``torch.vmap`` makes of a function.
+
+    Attributes:
+        works: whether it runs.
+        error: why not, or None.
+        difference: the largest between its values and those of a loop, relative to the values.
+        same: whether that is rounding.
+        seconds: of one evaluation among several.
+        looped: of one by itself.
+        warning: torch's, where it has no fast rule for something.
+    """
 
     works: bool
     error: str | None = None
-    difference: float = 0.0  # the largest, relative to the values
+    difference: float = 0.0
     same: bool = False
-    seconds: float = math.nan  # of one evaluation among several
-    looped: float = math.nan  # of one by one
+    seconds: float = math.nan
+    looped: float = math.nan
     warning: str | None = None
 
 

@@ -110,6 +110,9 @@ class Subject:
         """The value in one plain call; with ``seed`` torch's random stream begins there, else it goes on.
 
         ``params`` may be written to by ``fn``; without them it gets copies of its own.
+
+        Returns:
+            The value.
         """
         objective = self.objective()
         point = tuple(p.clone() for p in self.params) if params is None else params
