@@ -155,19 +155,26 @@ def _filled(r: Radius, gradient: torch.Tensor | None, reference: Radius | None, 
 
 
 def choose(radii: Sequence[Radius], limit: float) -> Radius | None:
-    """The sigma of least error at the N that a cosine of 0.9 takes; among equally good ones the one in their middle."""
+    """The sigma of least error over some steps at the N of a cosine of 0.9; of equally good ones that in their middle.
+
+    Noise averages out over the steps of an optimizer and bias does not, so the score counts a 25th of the variance.
+
+    Returns:
+        It, or None where no sigma gave estimates.
+    """
     usable = [r for r in radii if r.deviation > 0 and r.sigma >= limit]
     if not usable:
         shown = [r for r in radii if r.samples is not None and r.sigma >= limit]
         return max(shown, key=lambda r: r.sigma) if shown else None
-    best = min(r.deviation for r in usable)
+    best = min([r.deviation for r in usable if r.bias < _HALF] or [r.deviation for r in usable])
     scores = [(r.bias**2 + (r.deviation / best) ** 2 / _WEIGHT, r) for r in usable]
     least = min(score for score, _ in scores)
     good = [r for score, r in scores if score <= _FLAT * least]
     return good[len(good) // 2]
 
 
-_WEIGHT = 4.26  # the N for a cosine of 0.9, in units of the squared deviation
+_WEIGHT = 25 * 0.81 / 0.19  # directions of 25 steps, in units of the squared deviation
+_HALF = 0.5  # a gradient off by more is another one, and its deviation no measure
 
 
 def tenth(level: float, slope: float) -> float:

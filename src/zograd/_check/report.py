@@ -146,19 +146,24 @@ class CheckReport:
         sigmas = [r.sigma for r in known]
         num = self.suggestion.num_samples or 1
         ax.plot(sigmas, [r.deviation / math.sqrt(num) for r in known], "o-", label=f"deviation of {num} directions")
-        seen = [r for r in known if r.bias > 0]
-        ax.plot([r.sigma for r in seen], [r.bias for r in seen], "s-", label="bias")
+        ax.plot(sigmas, [r.bias if r.bias > 0 else math.nan for r in known], "s-", label="bias")
         floor = [r for r in known if r.bias_limit > 0]
         ax.fill_between(
             [r.sigma for r in floor], 1e-12, [r.bias_limit for r in floor], alpha=0.15, color="C1", lw=0,
             label="bias, two standard errors included",
         )  # fmt: skip
         _limits(ax, self)
-        ax.set(xscale="log", yscale="log", xlabel="sigma", ylabel="relative to the gradient's length", title=self.name)
+        ax.set(
+            xscale="log",
+            yscale="log",
+            xlabel="sigma",
+            ylabel="relative to the gradient's length",
+            title=self.name.strip("`"),
+        )
         lows = [x for r in known for x in (r.bias, r.deviation / math.sqrt(num)) if x > 0]
         if lows:
             ax.set_ylim(max(min(lows) / 3, 1e-9), None)
-        ax.legend(fontsize="small")
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize="small", frameon=False)
         return ax
 
 

@@ -267,7 +267,7 @@ class _Examination:
         num = math.ceil(need.num_samples) if math.isfinite(need.num_samples) else None
         reasons = [f"{method}: the fewest evaluations for a cosine of 0.9" if num else _unresolved(whole), why]
         if not math.isnan(best.bias):
-            reasons.insert(1, f"sigma {best.sigma:.2g}: the least bias and deviation together")
+            reasons.insert(1, f"sigma {best.sigma:.2g}: the least bias and deviation together, over some steps")
         return advice.Suggestion(method, best.sigma, num, name, tuple(reasons))
 
     def _distribution(self) -> Any:
