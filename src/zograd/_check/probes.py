@@ -282,7 +282,7 @@ def _seconds_of_many(subject: Subject, objective: Objective, points: Leaves) -> 
     more, times = tuple(torch.cat([p] * copies) for p in points), []
     for _ in range(_TRIES if copies > 1 else 1):
         start = time.perf_counter()
-        objective.many(more, 0, vmapped=True, randomness="same")
+        float(objective.many(more, 0, vmapped=True, randomness="same").sum())  # waits for an accelerator
         times.append(time.perf_counter() - start)
     return min(times) / (_ROWS * copies)
 

@@ -80,14 +80,17 @@ def look(
 _SEED = 1  # one for all sigmas, so that the same directions are compared
 
 
-def with_bias(radii: Sequence[Radius], gradient: torch.Tensor | None, limit: float) -> list[Radius]:
+def with_bias(
+    radii: Sequence[Radius], gradient: torch.Tensor | None, mean: torch.Tensor | None, limit: float
+) -> list[Radius]:
     """Fill in bias and deviation, relative to autograd's gradient or to the least sigma that shows one.
 
     The differences of coefficients along the same directions leave the noise of the directions out.
 
     Args:
         radii: of one seed.
-        gradient: flat, or None.
+        gradient: autograd's, flat, or None.
+        mean: that of an estimate of it: the covariance of the directions times the gradient.
         limit: the round-off limit, below which nothing is a reference.
 
     Returns:
@@ -95,8 +98,8 @@ def with_bias(radii: Sequence[Radius], gradient: torch.Tensor | None, limit: flo
     """
     usable = [r for r in radii if r.samples is not None]
     reference = _reference([r for r in usable if r.sigma >= limit])
-    if gradient is not None:
-        length = float(gradient.double().norm())
+    if mean is not None:
+        length = float(mean.double().norm())
     elif reference is not None:
         length = reference.signal or _rms(reference)
     else:

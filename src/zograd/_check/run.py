@@ -209,7 +209,12 @@ class _Examination:
             radii.roundoff_limit(subject, found.calls.value, 0.0 if random else found.noise.level, slope),
             radii.tenth(random, slope),
         )
-        return radii.with_bias(seen, found.gradient.flat, max(limits)), limits
+        return radii.with_bias(seen, found.gradient.flat, self._mean(), max(limits)), limits
+
+    def _mean(self) -> torch.Tensor | None:
+        """The mean of an estimate of autograd's gradient: that itself, unless directions have another covariance."""
+        flat = self.found.gradient.flat
+        return None if flat is None else self.family.covariance(self.subject.space, flat)
 
     def _final(self, best: radii.Radius | None) -> Samples | None:
         """Estimates at the chosen sigma, with all that is left of the budget."""
@@ -224,10 +229,10 @@ class _Examination:
         return best.samples
 
     def _beside_autograd(self, final: Samples | None) -> Autograd:
-        gradient = self.found.gradient
-        if gradient.flat is None or final is None:
+        gradient, mean = self.found.gradient, self._mean()
+        if gradient.flat is None or mean is None or final is None:
             return Autograd(False, gradient.error or "no sigma works")
-        flat = gradient.flat.double().cpu()
+        flat = mean.double().cpu()
         off = cloud(final, final.coefficients(ANTITHETIC) - final.slopes(gradient.flat))
         length = float(flat.norm())
         along = off.groups @ flat / length**2
@@ -239,10 +244,10 @@ class _Examination:
 
     def _known(self, ours: Cloud, compared: Autograd) -> Cloud | None:
         """With the length that follows from autograd's gradient and the bias, which are known better than by chance."""
-        flat = self.found.gradient.flat
-        if flat is None or not compared.cosine > 0:
+        mean = self._mean()
+        if mean is None or not compared.cosine > 0:
             return None
-        square = float(flat.double().norm()) ** 2
+        square = float(mean.double().norm()) ** 2
         return ours.replace(square * (compared.scale / compared.cosine) ** 2, 2 * square * compared.scale_error)
 
     def _given_cosine(self, sweep: list[radii.Radius]) -> float | None:
