@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from zograd._check.subject import OutOfBudgetError
-from zograd._contraction import contract, project
+from zograd._contraction import full_precision, project
 from zograd.errors import ZeroOrderWarning
 from zograd.estimator import Recipe, estimate
 from zograd.evaluators import Batched, Evaluator, Loop, Vmap
@@ -180,17 +181,28 @@ def cloud(samples: Samples, coefficients: torch.Tensor) -> Cloud:
     """
     size = samples.directions.space.size
     num = min(len(samples), max(4, min(_MOST, _VALUES // size)), max(_GROUPS, _SMALL // size))
-    owner = torch.arange(len(samples)) * num // len(samples)
-    unit = tuple(r / samples.sigma for r in samples.radii)
-    rows = []
-    for k in range(num):
-        share = coefficients * (owner == k) * (len(samples) / (owner == k).sum())
-        rows.append(contract(samples.directions, unit, share[:, None]).double().cpu())
-    groups = torch.stack(rows)
+    bounds = [len(samples) * k // num for k in range(num + 1)]
+    groups = torch.stack([_mean(samples, coefficients, lo, hi) for lo, hi in itertools.pairwise(bounds)])
     gram = groups @ groups.T
     off = gram.sum() - gram.trace()
     square = float(off) / (num * (num - 1))
     without = (off - 2 * (gram.sum(dim=1) - gram.diagonal())) / ((num - 1) * (num - 2))
     error = math.sqrt(float((without - without.mean()).square().sum()) * (num - 1) / num)
-    within = float((groups - groups.mean(dim=0)).square().sum()) / (num - 1)
+    within = max(0.0, float(gram.trace() - gram.sum() / num)) / (num - 1)
     return Cloud(square, error, within * len(samples) / num, groups)
+
+
+def _mean(samples: Samples, coefficients: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
+    """The estimate by directions ``lo`` to ``hi`` alone, flat, in float64; each block is drawn once."""
+    d, total, at = samples.directions, None, lo
+    space, family = d.space, d.distribution
+    c = coefficients.to(space.device, space.dtype)[:, None]
+    with full_precision(space.device):
+        while at < hi:
+            end = min(hi, (at // d.block + 1) * d.block)
+            total = family.add_sum(space, d.noise(at, end), c[at:end], total)
+            at = end
+    assert total is not None
+    factor = family.scale(space) / (hi - lo) * samples.sigma
+    leaves = zip(space.split(total.double()), samples.radii, strict=True)
+    return torch.cat([(leaf * (factor / radius)).reshape(-1) for leaf, radius in leaves]).cpu()
