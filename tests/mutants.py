@@ -313,6 +313,27 @@ MUTANTS = [
         "        if diagonal is None:",
         (CHECK_DISTRIBUTION,),
     ),
+    Mutant(
+        "error bars take dependent directions for independent ones",
+        "_error_bars.py",
+        "        self.group = directions.distribution.group(directions.space, directions.num)\n",
+        "        self.group = 1\n",
+        ("test_error_bars.py",),
+    ),
+    Mutant(
+        "ranks give equal values the rank of the last",
+        "shaping.py",
+        "last.double() - (counts + 1).double() / 2",
+        "last.double() - 1",
+        ("test_shaping.py",),
+    ),
+    Mutant(
+        "the surrogate's factor is fitted to the directions it is used with",
+        "_surrogate.py",
+        "= (second.factor(), first.factor())",
+        "= (first.factor(), second.factor())",
+        ("test_surrogate.py",),
+    ),
 ]
 
 

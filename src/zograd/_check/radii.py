@@ -11,6 +11,7 @@ import torch
 
 from zograd._check.subject import OutOfBudgetError
 from zograd._check.sweep import Cloud, Samples, cloud, sample
+from zograd.errors import EvaluationError
 from zograd.schemes import ANTITHETIC
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def look(
     except OutOfBudgetError:
         return Radius(sigma, error="not looked at: the budget was spent")
     except Exception as error:  # fn's own at some point, or a value that is not finite
-        return Radius(sigma, error=f"{type(error).__name__}: {error}")
+        own = error.__cause__ if isinstance(error, EvaluationError) and error.__cause__ else error
+        return Radius(sigma, error=f"{type(own).__name__}: {own}")
     signal = math.sqrt(found.square) if found.resolved else 0.0
     return Radius(sigma, signal, samples=samples, cloud=found)
 
