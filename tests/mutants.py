@@ -46,6 +46,7 @@ class Mutant:
 
 
 EXACT, STATISTICS, BITS = "test_estimator_exact.py", "test_estimator_statistics.py", "test_same_bits.py"
+CHECK, CHECK_DISTRIBUTION = "test_check.py", "test_check_distribution.py"
 JOURNAL, TRACKING = "test_journal.py", "test_tracking.py"
 
 MUTANTS = [
@@ -290,6 +291,27 @@ MUTANTS = [
         "        draw_seed(setup.seed, setup.generator)\n"
         "        with Tally(objective.name, setup.recipe.evaluations) as tally:",
         (TRACKING,),
+    ),
+    Mutant(
+        "a check's squared length with its noise",
+        "_check/sweep.py",
+        "    off = gram.sum() - gram.trace()\n    square = float(off) / (num * (num - 1))",
+        "    off = gram.sum() - gram.trace()\n    square = float(gram.sum()) / num**2",
+        (CHECK,),
+    ),
+    Mutant(
+        "a check that looks at vmap but does not compare",
+        "_check/probes.py",
+        "    same = difference <= _VMAP_TOLERANCE",
+        "    same = difference <= math.inf or difference <= _VMAP_TOLERANCE",
+        (CHECK,),
+    ),
+    Mutant(
+        "covariance checked along vectors only",
+        "_check/moments.py",
+        "        if diagonal is not None:",
+        "        if diagonal is None:",
+        (CHECK_DISTRIBUTION,),
     ),
     Mutant(
         "error bars take dependent directions for independent ones",

@@ -4,11 +4,12 @@ Gradients of functions that have none to give (simulators, metrics, discrete cho
 values alone, so that ``loss.backward()`` and every optimizer of PyTorch work as usual.
 """
 
-from zograd import distributions, evaluators, failures, nn, optim, schemes, shaping
+from zograd import diagnostics, distributions, evaluators, failures, nn, optim, schemes, shaping
 from zograd._options import Options
 from zograd._random import current_seed, current_seeds
 from zograd._versions import __version__, show_versions
 from zograd.decorator import ZeroOrderFunction, zero_order
+from zograd.diagnostics import CheckReport, check
 from zograd.errors import (
     BudgetExceeded,
     DeterminismError,
@@ -35,7 +36,9 @@ __all__ = [  # noqa: RUF022 - grouped as the reader meets them
     "nn",
     "optim",
     "replay",
+    "check",
     "check_slices",
+    "diagnostics",
     "current_seed",
     "current_seeds",
     "Tracker",
@@ -52,6 +55,7 @@ __all__ = [  # noqa: RUF022 - grouped as the reader meets them
     "Scheme",
     "Until",
     # what comes back
+    "CheckReport",
     "Estimate",
     "Options",
     "SliceCheck",
