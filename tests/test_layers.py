@@ -39,8 +39,9 @@ LEVELS = [
     ("L4.3", ["evaluators"]),
     ("L5", ["estimator"]),
     ("L6", ["_autograd", "_options", "optim"]),
-    ("L7", ["decorator", "slices"]),
-    ("L8", ["nn"]),
+    ("L6.1", ["_window"]),
+    ("L7", ["decorator", "slices", "_unroll"]),
+    ("L8", ["nn", "unrolled"]),
     ("L9.0", [""]),  # zograd itself
     ("L9.1", ["compat"]),
     ("L9.2", ["compat.torchopt"]),

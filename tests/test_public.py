@@ -16,7 +16,15 @@ import torch
 import zograd
 
 PACKAGE = Path(zograd.__file__).parent
-MODULES = ["zograd", "zograd.distributions", "zograd.evaluators", "zograd.nn", "zograd.schemes", "zograd.shaping"]
+MODULES = [
+    "zograd",
+    "zograd.distributions",
+    "zograd.evaluators",
+    "zograd.nn",
+    "zograd.schemes",
+    "zograd.shaping",
+    "zograd.unrolled",
+]
 
 
 def members():

@@ -4,7 +4,7 @@ Gradients of functions that have none to give (simulators, metrics, discrete cho
 values alone, so that ``loss.backward()`` and every optimizer of PyTorch work as usual.
 """
 
-from zograd import distributions, evaluators, nn, optim, schemes, shaping
+from zograd import distributions, evaluators, nn, optim, schemes, shaping, unrolled
 from zograd._options import Options
 from zograd._random import current_seed, current_seeds
 from zograd._versions import __version__, show_versions
@@ -30,6 +30,7 @@ __all__ = [  # noqa: RUF022 - grouped as the reader meets them
     "nn",
     "optim",
     "replay",
+    "unrolled",
     "check_slices",
     "current_seed",
     "current_seeds",
