@@ -382,7 +382,7 @@ class UnrolledEstimator(ABC):
             there = there.unsqueeze(1)
         if (here.dim() and not alone) or there.shape not in ((), (lead[0], 1), lead) or (alone and not particles):
             raise ValueError(
-                f"{typed}: `done` must be one bool for the center and {lead if particles else 'none'} for the particles, "
+                f"{typed}: `done` must be one bool for the center and {lead if particles else 'none'} for particles, "
                 f"got the shapes {tuple(here.shape)} and {tuple(there.shape)}."
             )
         return bool(here) if not alone else False, there.expand(lead)
