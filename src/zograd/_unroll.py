@@ -31,7 +31,11 @@ Rule = Callable[[torch.Tensor | None, Callable[[], torch.Tensor]], tuple[torch.T
 
 
 def draw(directions: Directions) -> torch.Tensor:
-    """All directions, and their negatives, as they are over the flat parameters: (N, 2, d)."""
+    """All directions, and their negatives, as they are over the flat parameters: (N, 2, d).
+
+    Directions that depend on each other are shuffled. Those of one index in two windows would go together otherwise
+    (they are one point of Sobol's sequence, scrambled twice), and no number of particles would average that out.
+    """
     family, space = directions.distribution, directions.space
     zeros = tuple([torch.zeros(shape, dtype=space.dtype, device=space.device) for shape in space.shapes])
     rows = []
@@ -40,6 +44,9 @@ def draw(directions: Directions) -> torch.Tensor:
         leaves = family.shift(space, zeros, parts, (1.0,) * len(zeros))
         rows.append(torch.cat([leaf.reshape(hi - lo, -1) for leaf in leaves], dim=1))
     eps = torch.cat(rows)
+    if not family.independent:
+        order = torch.Generator().manual_seed(derive(directions.seed, 2))
+        eps = eps[torch.randperm(len(eps), generator=order).to(eps.device)]
     return torch.stack([eps, -eps], dim=1)
 
 

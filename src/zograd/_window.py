@@ -198,5 +198,6 @@ def _from_float64(part: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
         halves = part.reshape(*shape, 2).to(torch.int64)
         return (halves[..., 0] << 32) | halves[..., 1]
     if dtype.is_complex:
-        return torch.view_as_complex(part.reshape(*shape, 2).contiguous()).to(dtype)
+        halves = part.reshape(*shape, 2)
+        return torch.complex(halves[..., 0], halves[..., 1]).to(dtype)
     return part.reshape(shape).to(dtype)
