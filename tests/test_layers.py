@@ -39,7 +39,7 @@ LEVELS = [
     ("L4.3", ["evaluators"]),
     ("L5", ["estimator"]),
     ("L6", ["_autograd", "_options", "optim"]),
-    ("L6.1", ["_window"]),
+    ("L6.1", ["_window", "_particles"]),
     ("L7", ["decorator", "slices", "_unroll"]),
     ("L8", ["nn", "unrolled"]),
     ("L9.0", [""]),  # zograd itself

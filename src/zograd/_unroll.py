@@ -1,175 +1,29 @@
-"""One window of all particles: where they are evaluated, and the gradient of what comes back."""
+"""One window of all particles: how it is called, and the gradient of what comes back."""
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zograd._autograd import Plan
+from zograd._autograd import Plan, Setup, is_tracked
 from zograd._contraction import full_precision
 from zograd._objective import Objective
-from zograd._points import Directions, Points
-from zograd._random import FnStream, derive
-from zograd.errors import NonFiniteError
-from zograd.estimator import Estimate, Evidence, Recipe, check_gradient, warn_below_resolution
+from zograd._particles import SIDES, Particles, Values, draw, evaluate
+from zograd._random import derive
+from zograd._tree import Arguments, Leaves, Space, flatten, sigma_per_leaf, unsupported
+from zograd.estimator import Estimate, Evidence, Recipe, check_gradient, check_radii, warn_below_resolution
 from zograd.tracking import Tally
 
 if TYPE_CHECKING:
-    from zograd._tree import Leaves
+    from zograd._options import Options
 
-__all__ = ["SIDES", "Particles", "Rule", "Values", "WindowPlan", "WindowRecipe", "draw", "evaluate"]
-
-SIDES = (1.0, -1.0)
+__all__ = ["Rule", "WindowPlan", "set_up"]
 
 Rule = Callable[[torch.Tensor | None, Callable[[], torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
 """From the last weights, and what draws directions, to each particle's perturbation and weights, both (N, 2, d)."""
-
-
-def draw(directions: Directions) -> torch.Tensor:
-    """All directions, and their negatives, as they are over the flat parameters: (N, 2, d).
-
-    Directions that depend on each other are shuffled. Those of one index in two windows would go together otherwise
-    (they are one point of Sobol's sequence, scrambled twice), and no number of particles would average that out.
-    """
-    family, space = directions.distribution, directions.space
-    zeros = tuple([torch.zeros(shape, dtype=space.dtype, device=space.device) for shape in space.shapes])
-    rows = []
-    for lo, hi in directions.blocks():
-        parts = family.parts(space, directions.noise(lo, hi))
-        leaves = family.shift(space, zeros, parts, (1.0,) * len(zeros))
-        rows.append(torch.cat([leaf.reshape(hi - lo, -1) for leaf in leaves], dim=1))
-    eps = torch.cat(rows)
-    if not family.independent:
-        order = torch.Generator().manual_seed(derive(directions.seed, 2))
-        eps = eps[torch.randperm(len(eps), generator=order).to(eps.device)]
-    return torch.stack([eps, -eps], dim=1)
-
-
-class Particles(Points):
-    """Points that differ in more than the parameters: each has its own state, and a perturbation that may be old.
-
-    Args:
-        params: the differentiated leaves, detached.
-        center: the packed state of the center.
-        directions: their number and layout; nothing is drawn from them here.
-        sigma: the smoothing radius of each leaf.
-        shifts: the perturbations, (N, 2, d).
-        states: the packed states, (N, 2, size).
-    """
-
-    def __init__(
-        self,
-        params: Leaves,
-        center: torch.Tensor,
-        directions: Directions,
-        sigma: tuple[float, ...],
-        shifts: torch.Tensor,
-        states: torch.Tensor,
-    ) -> None:
-        # All that the values depend on is among the parameters, for the digest of a journal.
-        super().__init__((*params, center, shifts, states), directions, sigma, SIDES)
-        self._leaves, self._shifts, self._states, self._start = params, shifts, states, center
-
-    def only(self, sides: tuple[float, ...]) -> Particles:
-        """The points of these sides."""
-        twin = copy.copy(self)
-        twin.sides = sides
-        return twin
-
-    def center(self) -> Leaves:
-        """The parameters and the center's state, as copies that the function may write to."""
-        return (*(p.clone() for p in self._leaves), self._start.clone())
-
-    def rows(self, lo: int, hi: int) -> Iterator[Callable[[float], Leaves]]:
-        """For each pair, a function from a side's offset to its point."""
-        return (functools.partial(self._row, i) for i in range(lo, hi))
-
-    def batch(self, lo: int, hi: int, sides: tuple[float, ...]) -> Leaves:
-        """The points of pairs ``lo`` to ``hi`` side after side, with a leading axis of rows."""
-        columns = [self._at(slice(lo, hi), side) for side in sides]
-        return tuple(map(torch.cat, zip(*columns, strict=True)))
-
-    def factors(self, lo: int, hi: int, sides: tuple[float, ...]) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
-        """The same: sums of directions have no factors to share."""
-        return self.batch(lo, hi, sides), lambda row: row
-
-    def _row(self, i: int, side: float) -> Leaves:
-        return self._at(i, side)
-
-    def _at(self, i: int | slice, side: float) -> Leaves:
-        j, space = SIDES.index(side), self.directions.space
-        eps = space.split(self._shifts[i, j])
-        triples = zip(self._leaves, eps, self.sigma, strict=True)
-        moved = tuple([torch.add(p.to(e.dtype), e, alpha=s).to(p.dtype) for p, e, s in triples])
-        return (*moved, self._states[i, j].clone())
-
-
-@dataclass(frozen=True)
-class Values:
-    """What a window gave.
-
-    Attributes:
-        loss: of the center, float64.
-        center: its packed state.
-        losses: of the particles, (N, 2).
-        states: their packed states, (N, 2, size).
-    """
-
-    loss: torch.Tensor
-    center: torch.Tensor
-    losses: torch.Tensor
-    states: torch.Tensor
-
-
-def evaluate(objective: Objective, recipe: Recipe, points: Particles, seed: int, pairs: int | None = None) -> Values:
-    """Have an evaluator call the window at the center and at pairs of particles.
-
-    Args:
-        objective: the window.
-        recipe: the evaluator.
-        points: the particles.
-        seed: of the random state that the window sees.
-        pairs: how many; None for all.
-
-    Returns:
-        The values.
-
-    Raises:
-        NonFiniteError: if a loss is nan or infinite.
-        ValueError: if the evaluator gave another number of values.
-    """
-    num = len(points) if pairs is None else pairs
-    with torch.enable_grad(), FnStream(seed, points.directions.space.device, shared=False) as objective.stream:
-        try:
-            pieces = iter(recipe.evaluator(objective, points, 0, num))
-            center = torch.as_tensor(next(pieces))
-            rows = [torch.as_tensor(piece, dtype=torch.float64) for piece in pieces]
-        finally:
-            objective.stream = None
-    objective.commit()
-    values = torch.cat([*rows, center.new_empty(0, len(SIDES), len(center))])
-    if values.shape[0] != num:
-        raise ValueError(f"the evaluator must yield {num} directions of values, got {values.shape[0]}.")
-    result = Values(center[0], center[1:], values[..., 0], values[..., 1:])
-    _check(result, objective.name)
-    return result
-
-
-def _check(values: Values, name: str) -> None:
-    if not torch.isfinite(values.loss):
-        raise NonFiniteError(f"{name} returned a loss that is not finite at the parameters: {values.loss.item()}.")
-    bad = (~torch.isfinite(values.losses)).nonzero().tolist()
-    if bad:
-        where = ", ".join(f"{i} ({'+-'[j]})" for i, j in bad[:8])
-        raise NonFiniteError(
-            f"{name} returned a loss that is not finite at {len(bad)} of {values.losses.numel()} particles: at pair "
-            f"{where}{', ...' if len(bad) > 8 else ''}. A gradient from them would be wrong; return a finite penalty."
-        )
 
 
 class WindowRecipe(Recipe):
@@ -214,7 +68,7 @@ class WindowPlan(Plan):
             points = Particles(params, states[-1], recipe.directions(space, seed), recipe.sigma, nowhere, nowhere)
             with Tally(objective.name, 1) as tally:
                 objective.counted = tally.count if tally.trackers else None
-                states.append(evaluate(objective, recipe, points, seed, pairs=0).center)
+                states.append(evaluate(objective, recipe.evaluator, points, seed, pairs=0).center)
         return torch.stack(states)
 
     def _objective(self, tensors: Sequence[torch.Tensor]) -> tuple[Objective, Leaves]:
@@ -238,7 +92,7 @@ class WindowPlan(Plan):
             directions = recipe.directions(space, self._seed)
             shifts, self.weights = self._rule(self._held, functools.partial(draw, directions))
             points = Particles(params, self._center, directions, recipe.sigma, shifts, self._states)
-            self.values = evaluate(objective, recipe, points, self._seed)
+            self.values = evaluate(objective, recipe.evaluator, points, self._seed)
             flat = self._gradient(self.values.losses)
             evaluations = recipe.evaluations + objective.repeated
             value = self.values.loss.to(space.dtype)
@@ -269,3 +123,60 @@ class WindowPlan(Plan):
             leaf /= sigma
         check_gradient(flat)
         return flat
+
+
+def set_up(
+    o: Options, fn: Callable[..., Any], params: Any, args: tuple[Any, ...]
+) -> tuple[Setup, Arguments, tuple[torch.Tensor, ...]]:
+    """Take a call apart.
+
+    Args:
+        o: the settings.
+        fn: the window.
+        params: the parameters.
+        args: further arguments.
+
+    Returns:
+        What calls with such arguments share, the arguments, and their tensors; the packed state's place is empty.
+
+    Raises:
+        TypeError: if a tensor to differentiate is of a kind that cannot be.
+        ValueError: if there is none.
+    """
+    typed, recorded = f"`{o.call}(params, state)`", flatten((params,), {}, (0,))
+    if not recorded.chosen:
+        raise ValueError(f"{typed}: no floating-point tensor to differentiate in `params`, got {params!r:.80}.")
+    tracked = [i for i in recorded.chosen if is_tracked(recorded.leaves[i])] or recorded.chosen
+    radii = dict(zip(recorded.chosen, sigma_per_leaf(o.sigma, recorded, several=False), strict=True))
+    leaves = tuple([recorded.leaves[i] for i in tracked])
+    _check_params(leaves, typed)
+    space, sigma = Space.of(leaves), tuple([radii[i] for i in tracked])
+    check_radii(sigma, o.method, space.dtype, o.call)
+    assert o.num_samples is not None  # which only directions without a mean of zero can have
+    recipe = WindowRecipe(o.distribution, o.method, o.num_samples, sigma, o.evaluator)
+    # A number stands for the packed state, and the function comes as an argument: so a journal reads what it does.
+    arguments = flatten((params, 0.0, fn, *args), {}, (0, 1))
+    packed = arguments.form.spans[1][0]
+    arguments = Arguments(arguments.form, arguments.spec, arguments.leaves, (*tracked, packed))
+    positions = tuple([i for i, leaf in enumerate(arguments.leaves) if isinstance(leaf, torch.Tensor)])
+    setup = Setup(
+        positions=positions,
+        chosen=tuple([positions.index(i) for i in tracked]),
+        others=tuple([(k, i) for k, i in enumerate(positions) if i not in tracked]),
+        recipe=recipe,
+        space=space,
+        lost=None,
+        seed=o.seed,
+        generator=o.generator,
+    )
+    return setup, arguments, tuple([arguments.leaves[i] for i in positions])
+
+
+def _check_params(leaves: tuple[torch.Tensor, ...], typed: str) -> None:
+    for p in leaves:
+        if kind := unsupported(p):
+            raise TypeError(f"{typed}: differentiated tensors must be dense and real, got {kind}.")
+    if len({p.device for p in leaves}) > 1:
+        raise ValueError(f"{typed}: `params` must be on one device, got {sorted({str(p.device) for p in leaves})}.")
+    if not any(p.numel() for p in leaves):
+        raise ValueError(f"{typed}: `params` have no elements, got shapes {[tuple(p.shape) for p in leaves]}.")

@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, overload
 
 import torch
 
-from zograd._autograd import Plan, Setup, differentiate, is_tracked
+from zograd._autograd import Plan, Setup, differentiate
 from zograd._objective import Habits, function_name
 from zograd._options import Options
+from zograd._particles import SIDES
 from zograd._random import derive, draw_seed, plain_call
-from zograd._tree import Arguments, Space, flatten, sigma_per_leaf, take_apart, unsupported
-from zograd._unroll import SIDES, WindowPlan, WindowRecipe
+from zograd._tree import Arguments, flatten, take_apart
+from zograd._unroll import WindowPlan, set_up
 from zograd._window import Layout, Steps, Window, pair
-from zograd.estimator import check_radii
 
 if TYPE_CHECKING:
     from zograd.distributions.adapter import DistributionLike
@@ -162,7 +162,7 @@ class UnrolledEstimator(ABC):
             ValueError: if ``params`` has nothing to differentiate, or ``offsets`` is no positive number.
         """
         _check_offsets(offsets, self.options.call, carries=self._carries)
-        setup, arguments, tensors = self._set_up(params, args)
+        setup, arguments, tensors = set_up(self.options, self._fn, params, args)
         device, num = setup.space.device, setup.recipe.num_samples
         if isinstance(self._fn, Steps):
             state = self._timed(self._zero_state(params, args) if state is None else state, device)
@@ -214,7 +214,7 @@ class UnrolledEstimator(ABC):
             loss, self.state = self(params, self._kept(params))
             return loss
         self._check_state(state)
-        setup, arguments, tensors = self._set_up(params, args)
+        setup, arguments, tensors = set_up(self.options, self._fn, params, args)
         layout, center = Layout.of(state["center"], setup.space.device, self._given)
         plan = self._plan(setup, arguments, layout, derive(int(state["seed"]), 0, int(state["window"])))
         plan.begin(layout.pack(center, torch.Size(), setup.space.device), *self._held(state, layout, setup))
@@ -287,37 +287,6 @@ class UnrolledEstimator(ABC):
     def _num(self) -> int:
         assert self.options.num_samples is not None  # which only directions without a mean of zero can have
         return self.options.num_samples
-
-    def _set_up(self, params: Any, args: tuple[Any, ...]) -> tuple[Setup, Arguments, tuple[torch.Tensor, ...]]:
-        """What calls with such arguments share, the arguments, and their tensors, the packed state's place empty."""
-        o, recorded = self.options, flatten((params,), {}, (0,))
-        if not recorded.chosen:
-            raise ValueError(
-                f"{self._given}: no floating-point tensor to differentiate in `params`, got {params!r:.80}."
-            )
-        tracked = [i for i in recorded.chosen if is_tracked(recorded.leaves[i])] or recorded.chosen
-        radii = dict(zip(recorded.chosen, sigma_per_leaf(o.sigma, recorded, several=False), strict=True))
-        leaves = tuple([recorded.leaves[i] for i in tracked])
-        _check_params(leaves, self._given)
-        space, sigma = Space.of(leaves), tuple([radii[i] for i in tracked])
-        check_radii(sigma, o.method, space.dtype, o.call)
-        recipe = WindowRecipe(o.distribution, o.method, self._num, sigma, o.evaluator)
-        # A number stands for the packed state, and the function comes as an argument: so a journal reads what it does.
-        arguments = flatten((params, 0.0, self._fn, *args), {}, (0, 1))
-        packed = arguments.form.spans[1][0]
-        arguments = Arguments(arguments.form, arguments.spec, arguments.leaves, (*tracked, packed))
-        positions = tuple([i for i, leaf in enumerate(arguments.leaves) if isinstance(leaf, torch.Tensor)])
-        setup = Setup(
-            positions=positions,
-            chosen=tuple([positions.index(i) for i in tracked]),
-            others=tuple([(k, i) for k, i in enumerate(positions) if i not in tracked]),
-            recipe=recipe,
-            space=space,
-            lost=None,
-            seed=o.seed,
-            generator=o.generator,
-        )
-        return setup, arguments, tuple([arguments.leaves[i] for i in positions])
 
     def _plan(self, setup: Setup, arguments: Arguments, layout: Layout, seed: int) -> WindowPlan:
         window = Window(layout, self._typed, lead=int(self.options.evaluator.batched))
@@ -519,13 +488,3 @@ def _check_offsets(offsets: Any, call: str, *, carries: bool) -> None:
         raise ValueError(f"{typed} must be at least 1, got {offsets}.")
     if offsets > 1 and not carries:
         raise ValueError(f"{typed} must be 1, got {offsets}: its particles all begin in the center's state.")
-
-
-def _check_params(leaves: tuple[torch.Tensor, ...], typed: str) -> None:
-    for p in leaves:
-        if kind := unsupported(p):
-            raise TypeError(f"{typed}: differentiated tensors must be dense and real, got {kind}.")
-    if len({p.device for p in leaves}) > 1:
-        raise ValueError(f"{typed}: `params` must be on one device, got {sorted({str(p.device) for p in leaves})}.")
-    if not any(p.numel() for p in leaves):
-        raise ValueError(f"{typed}: `params` have no elements, got shapes {[tuple(p.shape) for p in leaves]}.")
