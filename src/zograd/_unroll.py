@@ -64,8 +64,8 @@ class WindowPlan(Plan):
             self.begin(states[-1], None, None)
             objective, params = self._objective(tensors)
             seed = derive(self._seed, 1, k)
-            nowhere = center.new_empty(recipe.num_samples, len(SIDES), 0)
-            points = Particles(params, states[-1], recipe.directions(space, seed), recipe.sigma, nowhere, nowhere)
+            still = center.new_zeros(space.size, dtype=space.dtype).expand(recipe.num_samples, len(SIDES), -1)
+            points = Particles(params, states[-1], recipe.directions(space, seed), recipe.sigma, still, self._states)
             with Tally(objective.name, 1) as tally:
                 objective.counted = tally.count if tally.trackers else None
                 states.append(evaluate(objective, recipe.evaluator, points, seed, pairs=0).center)

@@ -262,7 +262,7 @@ class UnrolledEstimator(ABC):
         """
         self._check_state(state)
         typed = f"`{self.options.call}.reset(state, done, start)`"
-        device = state["center"][0].device if isinstance(self._fn, Steps) else _device(state["center"])
+        device = _device(state["center"])
         layout, _ = Layout.of(state["center"], device, typed)
         start = self._timed(start, device) if isinstance(self._fn, Steps) else start
         leaves = layout.taken(start, torch.Size(), device, f"{typed}: `start`")
