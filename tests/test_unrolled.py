@@ -297,7 +297,9 @@ def test_other_arguments_may_require_grad():
     scale = torch.tensor(2.0, requires_grad=True)
     params = torch.tensor(1.0, requires_grad=True)
     estimator = PES(lambda p, s, scale: (scale * p, s), 4, 0.1)
-    loss, _ = estimator(params, estimator.init(params, 0.0), scale)
+    state = estimator.init(params, 0.0)
+    with pytest.warns(zograd.ZeroOrderWarning, match=said("`PES(params, state)`", "shape ()", "no gradient")):
+        loss, _ = estimator(params, state, scale)
     loss.backward()
     assert scale.grad is None
     assert params.grad != 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from zograd._objective import Objective
 from zograd._particles import SIDES, Particles, Values, draw, evaluate
 from zograd._random import derive
 from zograd._tree import Arguments, Leaves, Space, flatten, sigma_per_leaf, unsupported
+from zograd.errors import ZeroOrderWarning
 from zograd.estimator import Estimate, Evidence, Recipe, check_gradient, check_radii, warn_below_resolution
 from zograd.tracking import Tally
 
@@ -158,6 +160,7 @@ def set_up(
     arguments = flatten((params, 0.0, fn, *args), {}, (0, 1))
     packed = arguments.form.spans[1][0]
     arguments = Arguments(arguments.form, arguments.spec, arguments.leaves, (*tracked, packed))
+    _warn_of_lost_gradients(arguments.leaves[packed + 1 :], typed)
     positions = tuple([i for i, leaf in enumerate(arguments.leaves) if isinstance(leaf, torch.Tensor)])
     setup = Setup(
         positions=positions,
@@ -180,3 +183,15 @@ def _check_params(leaves: tuple[torch.Tensor, ...], typed: str) -> None:
         raise ValueError(f"{typed}: `params` must be on one device, got {sorted({str(p.device) for p in leaves})}.")
     if not any(p.numel() for p in leaves):
         raise ValueError(f"{typed}: `params` have no elements, got shapes {[tuple(p.shape) for p in leaves]}.")
+
+
+def _warn_of_lost_gradients(others: list[Any], typed: str) -> None:
+    for leaf in others:
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            warnings.warn(
+                f"{typed} gets a tensor of shape {tuple(leaf.shape)} that requires grad among its other arguments: it "
+                "gets no gradient through this call. Put it into `params`, or detach it.",
+                ZeroOrderWarning,
+                stacklevel=4,
+            )
+            return
