@@ -386,6 +386,29 @@ def test_episodes_of_random_length_have_an_unbiased_gradient(checks):
     checks.mean(samples, (3 * 3 + 2 * 6) / 2, effect=0.8)  # three episodes of 1 + 2, two of 1 + 2 + 3
 
 
+@pytest.mark.statistics
+@pytest.mark.parametrize("kind", [PES, NRES])
+def test_what_the_parameters_do_to_the_length_of_an_episode(kind, checks):
+    """A loss of 1 for each window that an episode lasts; after the first it ends where the parameters are above c."""
+    num, c = 200_000, 0.5
+
+    def window(p, s):
+        return torch.ones_like(p), {"p": p + 0 * s["p"], "t": s["t"] + 1}
+
+    params = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    estimator = kind(window, num, 1.0, evaluator="batched", seed=checks.seed())
+    begin = {"p": torch.zeros(()).double(), "t": 0}
+    state = estimator.init(params, begin)
+    samples = torch.zeros(num, dtype=torch.float64)
+    for _ in range(2):
+        loss, state = estimator(params, state)
+        loss.backward()
+        samples += state["perturbation"].squeeze(2).mean(dim=1)
+        state = estimator.reset(state, lambda s: s["p"] > c, begin)
+    torch.testing.assert_close(params.grad, samples.mean(), rtol=0, atol=1e-12)
+    checks.mean(samples, -math.exp(-c * c / 2) / math.sqrt(2 * math.pi), effect=0.05)
+
+
 @pytest.mark.parametrize("evaluator", EVALUATORS)
 def test_offsets_spread_the_particles(evaluator):
     params, num, offsets = leaves(), 6, 4
