@@ -320,6 +320,45 @@ def test_gaussian_families_are_unbiased_in_pes(family):
     torch.testing.assert_close(params.grad.norm(), 3 * slope.norm(), rtol=0.15, atol=0)
 
 
+@pytest.mark.parametrize("evaluator", ["loop", "vmap"])
+def test_random_windows_under_every_evaluator(evaluator):
+    """Pairs see the same numbers, so that only the parameters tell their losses apart."""
+    params = torch.zeros(3, requires_grad=True)
+    estimator = NRES(lambda p, s: (p.sum() + 1e3 * torch.randn(()), s + 1), 50, 0.1, evaluator=evaluator, seed=0)
+    state = estimator.init(params, 0.0)
+    for _ in range(2):
+        loss, state = estimator(params, state)
+        loss.backward()
+    assert (params.grad - 2).abs().max() < 2
+
+
+def test_the_weights_of_a_module():
+    """A cell of torch as the system, by functional_call; small half-precision steps are warned of."""
+    cell = torch.nn.Linear(2, 2)
+
+    def window(p, s):
+        s = torch.tanh(torch.func.functional_call(cell, p, (s,)))
+        return (s - 0.5).square().sum(), s
+
+    params = dict(cell.named_parameters())
+    estimator = PES(window, 8, 0.1, evaluator="vmap", seed=0)
+    loss, state = estimator(params, estimator.init(params, torch.zeros(2)))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in cell.parameters())
+    again = torch.func.grad(lambda p: estimator(p, estimator.init(p, torch.zeros(2)))[0])(params)
+    assert torch.equal(again["weight"], cell.weight.grad)
+    half = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    with pytest.warns(zograd.ZeroOrderWarning, match=said("`PES(sigma=...)` is 0.001, below the resolution")):
+        PES(lambda p, s: (p.float().sum(), s), 1, 1e-3).init(half, 0.0)
+
+
+def test_vmap_over_a_window_is_refused():
+    estimator = PES(fine, 2, 0.1, seed=0)
+    state = estimator.init(torch.ones(2), 0.0)
+    with pytest.raises(RuntimeError, match=said("torch.vmap", "one state each")):
+        torch.vmap(torch.func.grad(lambda p: estimator(p, state)[0]))(torch.ones(3, 2))
+
+
 # ----------------------------------------------------------------------------------------------------- resets, offsets
 
 
@@ -665,7 +704,7 @@ BAD = {
     "mask of the center": (lambda: reset(lambda s: torch.ones(2).bool()), ValueError, "one bool for the center"),
     "start": (lambda: reset(True, torch.ones(3)), ValueError, "`start` must have the structure"),
     "radius": (lambda: once(fine, distribution=None, kind=lambda f, n, s, **k: PES(f, n, 1e40)), ValueError, "1e+40"),
-    "sigma tree": (lambda: PES(fine, 1, {"a": 1.0}).init(torch.ones(2), 0.0), ValueError, "(sigma=...)"),
+    "sigma tree": (lambda: PES(fine, 1, {"a": 1.0}).init(torch.ones(2), 0.0), ValueError, "`PES(sigma=...)` must be"),
     "batched steps": (
         lambda: PES(lambda p, s, t: (s, p), window=2, evaluator="batched")(torch.ones(2)),
         TypeError,

@@ -88,7 +88,6 @@ class WindowPlan(Plan):
             raise RuntimeError(f"`torch.vmap` over a window of {self.fn} cannot be: its particles have one state each.")
         recipe, space = self.setup.recipe, self.setup.space
         objective, params = self._objective(tensors)
-        warn_below_resolution(params, recipe.sigma, "unrolled")
         with Tally(objective.name, recipe.evaluations) as tally:
             objective.counted = tally.count if tally.trackers else None
             directions = recipe.directions(space, self._seed)
@@ -149,11 +148,12 @@ def set_up(
     if not recorded.chosen:
         raise ValueError(f"{typed}: no floating-point tensor to differentiate in `params`, got {params!r:.80}.")
     tracked = [i for i in recorded.chosen if is_tracked(recorded.leaves[i])] or recorded.chosen
-    radii = dict(zip(recorded.chosen, sigma_per_leaf(o.sigma, recorded, several=False), strict=True))
+    radii = dict(zip(recorded.chosen, sigma_per_leaf(o.sigma, recorded, several=False, call=o.call), strict=True))
     leaves = tuple([recorded.leaves[i] for i in tracked])
     _check_params(leaves, typed)
     space, sigma = Space.of(leaves), tuple([radii[i] for i in tracked])
     check_radii(sigma, o.method, space.dtype, o.call)
+    warn_below_resolution(tuple([p.detach() for p in leaves]), sigma, o.call)
     assert o.num_samples is not None  # which only directions without a mean of zero can have
     recipe = WindowRecipe(o.distribution, o.method, o.num_samples, sigma, o.evaluator)
     # A number stands for the packed state, and the function comes as an argument: so a journal reads what it does.

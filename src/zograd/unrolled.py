@@ -44,7 +44,7 @@ __all__ = ["NRES", "PES", "State", "TruncatedES", "UnrolledEstimator"]
 class State(TypedDict):
     """Where an unroll stands: a plain dict of tensors, to be saved with ``torch.save`` and gone on with, bit for bit.
 
-    Attributes:
+    Args:
         center: the state at the parameters themselves.
         particles: the states of the particles, each leaf with leading axes (num_samples, 2); None in truncated ES.
         perturbation: what each particle's loss is weighted with, in units of sigma, (num_samples, 2, d): in PES the sum
@@ -165,7 +165,7 @@ class UnrolledEstimator(ABC):
         setup, arguments, tensors = set_up(self.options, self._fn, params, args)
         device, num = setup.space.device, setup.recipe.num_samples
         if isinstance(self._fn, Steps):
-            state = self._timed(self._zero_state(params, args) if state is None else state, device)
+            state = self._timed(self._zero_state(self._fn.step, params, args) if state is None else state, device)
         layout, leaves = Layout.of(state, device, f"`{self.options.call}.init(params, state)`")
         seed = draw_seed(self.options.seed, self.options.generator)
         begun = State(
@@ -329,14 +329,13 @@ class UnrolledEstimator(ABC):
     def _timed(self, state: Any, device: torch.device) -> tuple[torch.Tensor, Any]:
         return torch.zeros((), dtype=torch.int64, device=device), state
 
-    def _zero_state(self, params: Any, args: tuple[Any, ...]) -> Any:
+    def _zero_state(self, step: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Any:
         """Zeros in the structure that a first step from zero returns."""
         if self.options.evaluator.batched:
             raise TypeError(f'`{self.options.call}.init(params, state)` needs the state under `evaluator="batched"`.')
-        assert isinstance(self._fn, Steps)
         arguments = flatten((params, 0.0, 0, *args), {}, (0,))
         built, _ = arguments.builder()(tuple([p.detach().clone() for p in arguments.params()]))
-        state, _ = pair(plain_call(self._fn.step, tuple(built), {}), self._typed, "(state, loss)")
+        state, _ = pair(plain_call(step, tuple(built), {}), self._typed, "(state, loss)")
         leaves, together = take_apart(state)
         return together([torch.zeros_like(torch.as_tensor(leaf), requires_grad=False) for leaf in leaves])
 
@@ -362,7 +361,11 @@ class TruncatedES(UnrolledEstimator):
 
     All particles begin each window in the center's state, and are weighted with this window's perturbation. What
     :math:`\theta` does by way of the state is left out; it is here to compare with, and for systems that forget fast.
-    Any distribution of mean zero will do. The arguments are those of :class:`UnrolledEstimator`.
+    Any distribution of mean zero will do.
+
+    Args:
+        fn: ``fn(params, state, *args) -> (loss, state)``, or one step of it; this and the others are those of
+            :class:`UnrolledEstimator`.
 
     Examples:
         >>> import torch, zograd
@@ -394,8 +397,11 @@ class PES(UnrolledEstimator):
 
     The sum runs from the beginning of the particle's episode. Over an episode the mean of :math:`\sum_t \hat g_t` is
     the gradient of its smoothed loss, each window's parameters being smoothed on their own; that is Stein's identity,
-    so the distribution must have Gaussian marginals. The variance grows with the number of windows in an episode. The
-    arguments are those of :class:`UnrolledEstimator`.
+    so the distribution must have Gaussian marginals. The variance grows with the number of windows in an episode.
+
+    Args:
+        fn: ``fn(params, state, *args) -> (loss, state)``, or one step of it; this and the others are those of
+            :class:`UnrolledEstimator`.
 
     Examples:
         >>> import torch, zograd
@@ -439,7 +445,11 @@ class NRES(UnrolledEstimator):
     pairs beginning their episodes together it is ES-Single (arXiv:2304.11153), and with ``init(..., offsets=...)`` the
     step-unlocked NRES. Its variance is often, but not always, lower than that of :class:`PES`: where T windows add the
     parameters to a sum that is each one's loss, it is :math:`T^2 (T + 1)^2 / 2` and that of PES
-    :math:`2 \sum_{s,t \le T} \min(s, t)^2`. The arguments are those of :class:`UnrolledEstimator`.
+    :math:`2 \sum_{s,t \le T} \min(s, t)^2`.
+
+    Args:
+        fn: ``fn(params, state, *args) -> (loss, state)``, or one step of it; this and the others are those of
+            :class:`UnrolledEstimator`.
 
     Examples:
         >>> import torch, zograd
