@@ -252,6 +252,17 @@ def _sign(y):
     return y.double().signbit() if y.is_floating_point() else y
 
 
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+@pytest.mark.parametrize("nothing", [(), None, {}])
+def test_a_system_without_a_state(nothing, evaluator):
+    params = torch.ones(2, requires_grad=True)
+    estimator = PES(lambda p, s: (p.sum(dim=-1), s), 2, 0.1, evaluator=evaluator)
+    loss, state = estimator(params, estimator.init(params, nothing))
+    loss.backward()
+    assert state["center"] == state["particles"] == nothing
+    assert not estimator.reset(state, torch.tensor([True, False]), nothing)["perturbation"][0].any()
+
+
 def test_numpy_and_numbers():
     """A simulator of plain Python: its state comes back as tensors."""
 
@@ -342,7 +353,7 @@ def test_the_weights_of_a_module():
 
     params = dict(cell.named_parameters())
     estimator = PES(window, 8, 0.1, evaluator="vmap", seed=0)
-    loss, state = estimator(params, estimator.init(params, torch.zeros(2)))
+    loss, _ = estimator(params, estimator.init(params, torch.zeros(2)))
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in cell.parameters())
     again = torch.func.grad(lambda p: estimator(p, estimator.init(p, torch.zeros(2)))[0])(params)
@@ -355,7 +366,7 @@ def test_the_weights_of_a_module():
 def test_vmap_over_a_window_is_refused():
     estimator = PES(fine, 2, 0.1, seed=0)
     state = estimator.init(torch.ones(2), 0.0)
-    with pytest.raises(RuntimeError, match=said("torch.vmap", "one state each")):
+    with pytest.raises(RuntimeError, match=said("torch.vmap", "`fine`", "one state each")):
         torch.vmap(torch.func.grad(lambda p: estimator(p, state)[0]))(torch.ones(3, 2))
 
 

@@ -162,8 +162,9 @@ def evaluate(
 def _check(values: Values, name: str) -> None:
     if not torch.isfinite(values.loss):
         raise NonFiniteError(f"{name} returned a loss that is not finite at the parameters: {values.loss.item()}.")
-    bad = (~torch.isfinite(values.losses)).nonzero().tolist()
-    if bad:
+    finite = torch.isfinite(values.losses)
+    if not finite.all():
+        bad = (~finite).nonzero().tolist()
         where = ", ".join(f"{i} ({'+-'[j]})" for i, j in bad[:8])
         raise NonFiniteError(
             f"{name} returned a loss that is not finite at {len(bad)} of {values.losses.numel()} particles: at pair "

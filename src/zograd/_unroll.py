@@ -85,7 +85,9 @@ class WindowPlan(Plan):
     def estimate(self, tensors: Sequence[torch.Tensor], structure: Callable[[Sequence[Any]], Any] = tuple) -> Estimate:
         """Perturb, evaluate and sum."""
         if self.values is not None:
-            raise RuntimeError(f"`torch.vmap` over a window of {self.fn} cannot be: its particles have one state each.")
+            raise RuntimeError(
+                f"`torch.vmap` over `{self.fn.__qualname__}` cannot be: its particles have one state each."
+            )
         recipe, space = self.setup.recipe, self.setup.space
         objective, params = self._objective(tensors)
         with Tally(objective.name, recipe.evaluations) as tally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -87,25 +88,23 @@ class Layout:
         shapes, dtypes = tuple([x.shape for x in leaves]), tuple([x.dtype for x in leaves])
         return cls(shapes, dtypes, together(list(range(len(leaves)))), together), leaves
 
-    @property
-    def size(self) -> int:
-        """Values of the vector."""
-        return sum(self._widths)
-
-    @property
-    def _widths(self) -> list[int]:
+    @cached_property
+    def widths(self) -> list[int]:
+        """How many values of the vector each leaf takes."""
         pairs = zip(self.shapes, self.dtypes, strict=True)
         return [shape.numel() * (1 + (dtype == torch.int64 or dtype.is_complex)) for shape, dtype in pairs]
 
     def pack(self, leaves: Leaves, lead: torch.Size, device: torch.device) -> torch.Tensor:
         """Leaves with these leading axes as float64 of shape (*lead, size)."""
         columns = [_to_float64(leaf).reshape(*lead, -1) for leaf in leaves if leaf.numel()]
-        return torch.cat([torch.empty(*lead, 0, dtype=torch.float64, device=device), *columns], dim=-1)
+        return torch.cat(columns or [torch.empty(*lead, 0, dtype=torch.float64, device=device)], dim=-1)
 
     def unpack(self, packed: torch.Tensor) -> Any:
         """The tree of a vector, or of many with leading axes."""
         lead, leaves = packed.shape[:-1], []
-        for part, shape, dtype in zip(torch.split(packed, self._widths, dim=-1), self.shapes, self.dtypes, strict=True):
+        for part, shape, dtype in zip(
+            torch.split_with_sizes(packed, self.widths, dim=-1), self.shapes, self.dtypes, strict=True
+        ):
             leaves.append(_from_float64(part, (*lead, *shape), dtype))
         return self.together(leaves)
 

@@ -342,7 +342,7 @@ class UnrolledEstimator(ABC):
     def _masks(self, state: State, done: Any, typed: str) -> tuple[bool, torch.Tensor]:
         """Whether the center begins anew, and which particles do."""
         lead = (self._num, len(SIDES))
-        particles = state["particles"] is not None
+        particles = state["perturbation"] is not None
         here = _mask(done(state["center"]) if callable(done) else done, typed)
         there = _mask(done(state["particles"]), typed) if callable(done) and particles else here
         alone = not callable(done) and here.dim() > 0  # a mask of the particles
