@@ -10,6 +10,7 @@ import torch
 import zograd
 from statistical import draws, noise
 from zograd import SecondDerivativeError
+from zograd._particles import Particles
 from zograd._points import Directions
 from zograd._random import derive
 from zograd._tree import Space
@@ -552,6 +553,23 @@ def test_a_journal_spares_the_windows_of_a_run_that_died(tmp_path):
     assert len(calls) == 23
     assert not torch.equal(run(1.0), wanted)  # other particles: nothing of the file fits
     assert len(calls) == 23 + 21
+
+
+def test_particles_can_be_made_again_elsewhere():
+    """An evaluator that knows points by their `params`, directions and sigma alone has the same particles."""
+    space = Space.of((torch.zeros(2), torch.zeros(1)))
+    shifts, states = torch.randn(4, 2, 3), torch.randn(4, 2, 5).double()
+    directions = Directions(Gaussian(), space, 0, 4)
+    leaves, center = (torch.ones(2), torch.zeros(1)), torch.arange(5.0).double()
+    first = Particles(leaves, center, directions, (0.1, 0.2), shifts, states)
+    assert all(map(torch.equal, first.center(), (*leaves, center)))
+    second = Particles.again(first.params, directions, first.sigma, (-1.0,))
+    assert all(map(torch.equal, second.center(), first.center()))
+    for one, two in zip(first.rows(1, 3), second.rows(1, 3), strict=True):
+        assert all(map(torch.equal, one(-1.0), two(-1.0)))
+    batch = second.batch(1, 3, second.sides)
+    torch.testing.assert_close(batch[1], 0.2 * shifts[1:3, 1, 2:])
+    assert torch.equal(batch[2], states[1:3, 1])
 
 
 def test_the_estimator_may_keep_the_state():

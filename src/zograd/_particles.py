@@ -72,6 +72,14 @@ class Particles(Points):
         super().__init__((*params, center, shifts, states), directions, sigma, SIDES)
         self._leaves, self._shifts, self._states, self._start = params, shifts, states, center
 
+    @classmethod
+    def again(
+        cls, params: Leaves, directions: Directions, sigma: tuple[float, ...], sides: tuple[float, ...]
+    ) -> Particles:
+        """The particles of another one's ``params``, which hold more than the parameters."""
+        *leaves, center, shifts, states = params
+        return cls(tuple(leaves), center, directions, sigma, shifts, states).only(sides)
+
     def only(self, sides: tuple[float, ...]) -> Particles:
         """The points of these sides."""
         twin = copy.copy(self)
