@@ -334,6 +334,13 @@ MUTANTS = [
         "if False:",
         (UNROLLED,),
     ),
+    Mutant(
+        "the surrogate's factor is fitted to the directions it is used with",
+        "_surrogate.py",
+        "= (second.factor(), first.factor())",
+        "= (first.factor(), second.factor())",
+        ("test_surrogate.py",),
+    ),
 ]
 
 

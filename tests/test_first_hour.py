@@ -599,7 +599,6 @@ def test_long_unrolls():
     assert params.grad.any()
 
 
-@later("surrogates as control variates come later")
 def test_a_cheap_model_of_my_simulator():
     """I have a differentiable approximation of my simulator: use it to cut the noise, not the truth."""
     decorated = zero_order(method="antithetic", num_samples=50, surrogate=lambda x: (x**2).sum())(

@@ -37,6 +37,7 @@ LEVELS = [
     ("L4.1", ["evaluators.loop", "evaluators.vmap", "evaluators.batched"]),
     ("L4.2", ["evaluators.journal"]),
     ("L4.3", ["evaluators"]),
+    ("L4.4", ["_surrogate"]),
     ("L5", ["estimator"]),
     ("L6", ["_autograd", "_options", "optim"]),
     ("L6.1", ["_window", "_particles"]),

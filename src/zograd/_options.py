@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zograd._surrogate import refusal
 from zograd._tree import numbers
 from zograd.distributions.adapter import adapt
 from zograd.evaluators import EVALUATORS, Evaluator
@@ -16,6 +17,8 @@ from zograd.schemes import SCHEMES, Scheme
 from zograd.shaping import check_shaping
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zograd.distributions.base import Distribution
     from zograd.shaping import Shaping
 
@@ -38,6 +41,7 @@ class Options:
         batch_dim: the dimension of independent slices.
         generator: where each call's seed is drawn from.
         seed: the seed of every call.
+        surrogate: a differentiable approximation of ``fn``.
     """
 
     distribution: Distribution
@@ -51,6 +55,7 @@ class Options:
     batch_dim: int | None
     generator: torch.Generator | None
     seed: int | None
+    surrogate: Callable[..., Any] | None = None
     call: str = "zero_order"
 
     @classmethod
@@ -139,6 +144,8 @@ class Options:
                 f"`distribution=Coordinate()` has and {self.distribution} does not."
             )
         self._check_differences()
+        if self.surrogate is not None and (reason := refusal(self.distribution, self.shaping, self.batch_dim)):
+            raise ValueError(f"`{self.call}(surrogate=...)` has no unbiased estimate here: {reason}.")
         if self.shaping is not None:
             name = getattr(self.shaping, "__name__", self.shaping)
             typed = f"`{self.call}(shaping={name}, num_samples={self.num_samples}, method={self.method})`"
@@ -252,6 +259,12 @@ def _shaping(value: Any, typed: str, call: str) -> Shaping | None:
     return value  # type: ignore[no-any-return]
 
 
+def _surrogate(value: Any, typed: str, call: str) -> Callable[..., Any] | None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{typed} must be None or a function of what `fn` takes, got {type(value).__name__} {value!r}.")
+    return value  # type: ignore[no-any-return]
+
+
 def _failures(value: Any, typed: str, call: str) -> str:
     if value != "raise":
         raise ValueError(f"{typed} must be 'raise', got {value!r}.")
@@ -294,4 +307,5 @@ _CHECKS: dict[str, Any] = {
     "batch_dim": _batch_dim,
     "generator": _generator,
     "seed": _seed,
+    "surrogate": _surrogate,
 }

@@ -211,6 +211,7 @@ class ZeroOrderFunction(Generic[P]):
                 tuple(radii[i] for i in chosen),
                 o.evaluator,
                 o.shaping,
+                o.surrogate,
             ),
             space=space,
             lost=_lost_gradient(arguments),
@@ -350,6 +351,7 @@ def zero_order(
     batch_dim: int | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
+    surrogate: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[P, Any]], ZeroOrderFunction[P]]:
     r"""Give a function a gradient from its values alone.
 
@@ -381,6 +383,11 @@ def zero_order(
             of its own. Check it with :func:`zograd.check_slices`: the gradient is wrong if ``fn`` mixes slices.
         generator: where the seed of each call is drawn from; torch's global stream otherwise, one draw a call.
         seed: the seed of every call: the same directions each time, for line searches and gradcheck.
+        surrogate: a differentiable approximation h of ``fn``, of the same arguments: a coarse simulator, a soft
+            version, a learned emulator. It takes noise off and leaves the mean what it is, however wrong h is: the
+            estimate becomes the mean of :math:`a \nabla h` at the same points plus the estimate for ``fn - a h``, with
+            a factor a fitted to the values, so that a bad h costs little. One evaluation of h with its gradient for
+            each point; for Gaussian marginals and an ``fn`` of one value.
 
     Returns:
         A decorator. What it returns also has ``estimate(...)``, ``options`` and ``replace(...)``.
@@ -418,6 +425,7 @@ def zero_order(
         batch_dim=batch_dim,
         generator=generator,
         seed=seed,
+        surrogate=surrogate,
     )
 
     def decorate(fn: Callable[P, Any], /, *args: Any, **kwargs: Any) -> ZeroOrderFunction[P]:

@@ -21,9 +21,10 @@ import torch
 
 from zograd._contraction import Contraction, contract, weigh
 from zograd._curvature import by_direction, differences, hessian_product, refusal, refused
-from zograd._error_bars import ErrorBars
+from zograd._error_bars import ErrorBars, Groups, compared, spread
 from zograd._points import Directions, Points
 from zograd._random import FnStream
+from zograd._surrogate import ControlVariate, Surrogate
 from zograd._tree import same_structure, take_apart
 from zograd.errors import NonFiniteError, SecondDerivativeError, ZeroOrderWarning
 from zograd.shaping import centered_ranks, leave_one_out, standardize
@@ -55,6 +56,7 @@ class Recipe:
     sigma: tuple[float, ...]  # one a differentiated leaf
     evaluator: Evaluator
     shaping: Shaping | None = None
+    surrogate: Callable[..., Any] | None = None
 
     @property
     def evaluations(self) -> int:
@@ -83,6 +85,7 @@ class Evidence:
         self.recipe = recipe
         self._pieces = pieces
         self._center = center
+        self.control: ControlVariate | None = None  # the part of a surrogate
 
     def differences(self, directions: Directions) -> torch.Tensor:
         """The second difference along each direction, float64 of shape (N, *out), the mean of the others removed."""
@@ -299,9 +302,13 @@ class Estimate:
                 f"{typed} knows no error of `shaping={getattr(shaping, '__name__', shaping)}`, which makes directions "
                 "depend on each other: use `shaping=None` to see how good the gradient is."
             )
-        rows = by_direction(self.coefficients, self.directions.space)
-        only = None if shaping in (None, leave_one_out) else self._evidence.reshaped
-        return ErrorBars(self.directions, self.sigma, rows, self._flat, typed, only)
+        groups = Groups(self.directions, self.sigma)
+        groups.check(typed)
+        if self._evidence.control is not None:
+            return self._evidence.control.error_bars()
+        if shaping in (None, leave_one_out):
+            return spread(groups, by_direction(self.coefficients, self.directions.space), self._flat)
+        return compared(groups, self._evidence.reshaped, self._flat)
 
     def _tree(self, flat: torch.Tensor) -> Any:
         space = self.directions.space
@@ -340,6 +347,8 @@ def estimate(
     with torch.enable_grad(), FnStream(seed, space.device, shared=recipe.scheme.uses_center) as objective.stream:
         try:
             coefficients, flat, evidence = _run(objective, recipe, points)
+            if recipe.surrogate is not None:
+                flat = _controlled(recipe.surrogate, objective, points, _joined(coefficients), evidence)
         finally:
             objective.stream = None
     objective.commit()
@@ -421,6 +430,26 @@ def _run(
     flat = contraction.result()
     check_gradient(flat)
     return kept, flat, evidence
+
+
+def _controlled(
+    surrogate: Callable[..., Any],
+    objective: Objective,
+    points: Points,
+    coefficients: torch.Tensor,
+    evidence: Evidence,
+) -> torch.Tensor:
+    """The flat gradient with the surrogate's part, from which the evidence tells its error."""
+    if coefficients.dim() > 1:
+        raise ValueError(
+            "`zero_order(surrogate=...)` is for objectives of one value, got the shape "
+            f"{tuple(coefficients.shape[1:])} from {objective.name}."
+        )
+    recipe = evidence.recipe
+    approximation = Surrogate(surrogate, objective, points, recipe.evaluator)
+    evidence.control = ControlVariate(approximation, points, recipe.scheme, coefficients.cpu())
+    check_gradient(evidence.control.mean)
+    return evidence.control.mean
 
 
 def _combine(scheme: Scheme, piece: Piece, center: torch.Tensor) -> Coefficients:
