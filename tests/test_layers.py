@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "zograd"
 # Each row may import the rows above it and nothing else; a row within a level is a level of its own (2.1 above 2.0).
 LEVELS = [
     ("L0", ["errors", "_versions"]),
-    ("L1.0", ["schemes", "shaping"]),
+    ("L1.0", ["failures", "schemes", "shaping"]),
     ("L1.1", ["_digest", "_tree", "_random", "_reuse", "_threads"]),
     ("L1.2", ["_factored"]),
     ("L2.0", ["distributions.base"]),
@@ -32,9 +32,12 @@ LEVELS = [
     ),
     ("L2.3", ["distributions"]),
     ("L3", ["_points", "_objective", "_overlay", "_replica"]),
-    ("L4.0", ["evaluators.base", "evaluators._ledger", "tracking", "_contraction"]),
+    ("L4.0", ["evaluators.base", "evaluators._ledger", "evaluators._shipping", "tracking", "_contraction"]),
+    ("L4.0", ["evaluators._worker"]),
+    ("L4.0", ["evaluators._crew"]),
+    ("L4.0", ["evaluators._dispatch"]),
     ("L4.1", ["_curvature", "_error_bars"]),
-    ("L4.1", ["evaluators.loop", "evaluators.vmap", "evaluators.batched"]),
+    ("L4.1", ["evaluators.loop", "evaluators.vmap", "evaluators.batched", "evaluators.pool"]),
     ("L4.2", ["evaluators.journal"]),
     ("L4.3", ["evaluators"]),
     ("L4.4", ["_surrogate"]),

@@ -263,3 +263,8 @@ def test_fn_has_one_value():
 def test_it_pickles_with_the_options():
     options = decorated(close).options
     assert pickle.loads(pickle.dumps(options)) == options
+
+
+def test_dropped_directions_would_unbalance_its_halves():
+    with pytest.raises(ValueError, match=r"failures=Drop\(.*\)`: the halves of the directions .* must be whole"):
+        decorated(close, failures=zograd.failures.Drop())

@@ -41,6 +41,12 @@ def start():
     return {"x": torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64), "y": torch.ones(2).double(), "t": 0}
 
 
+@pytest.fixture(scope="module")
+def two_workers():
+    with zograd.evaluators.Pool(workers=2) as pool:
+        yield pool
+
+
 def said(*parts):
     """A pattern for a message that holds these parts in this order."""
     return "(?s)" + ".*".join(map(re.escape, parts))
@@ -553,6 +559,30 @@ def test_a_journal_spares_the_windows_of_a_run_that_died(tmp_path):
     assert len(calls) == 23
     assert not torch.equal(run(1.0), wanted)  # other particles: nothing of the file fits
     assert len(calls) == 23 + 21
+
+
+def simulated(p, s):
+    """A window that worker processes can import."""
+    x = 0.8 * torch.tanh(s["x"] + p)
+    return float(x.square().sum()), {"x": x, "t": s["t"] + 1}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_workers_in_other_processes_give_the_same_bits(kind, two_workers):
+    results = []
+    for evaluator in ("loop", two_workers):
+        params, start = torch.tensor([0.1, -0.2, 0.3], requires_grad=True), {"x": torch.zeros(3), "t": 0}
+        estimator = kind(simulated, 5, 0.1, evaluator=evaluator, seed=3)
+        state = estimator.init(params, start, offsets=1 if kind is TruncatedES else 3)
+        for _ in range(3):
+            loss, state = estimator(params, state)
+            loss.backward()
+            state = estimator.reset(state, lambda s: s["t"] >= 3, start)
+        results.append((params.grad, state["center"]["x"], state["particles"]))
+    (grad, center, particles), (grad2, center2, particles2) = results
+    assert torch.equal(grad, grad2)
+    assert torch.equal(center, center2)
+    assert particles is None or torch.equal(particles["x"], particles2["x"])
 
 
 def test_particles_can_be_made_again_elsewhere():

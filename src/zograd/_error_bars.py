@@ -83,10 +83,12 @@ class Groups:
     Args:
         directions: the directions.
         sigma: the smoothing radius of each leaf.
+        alive: a mask of the directions that were not dropped; None for all.
     """
 
     directions: Directions
     sigma: tuple[float, ...]
+    alive: torch.Tensor | None = None
 
     @cached_property
     def size(self) -> int:
@@ -96,19 +98,24 @@ class Groups:
     @cached_property
     def count(self) -> int:
         """How many groups there are."""
-        return -(-len(self.directions) // self.size)
+        return -(-len(self.directions) // self.size) if self.alive is None else int(self.alive.sum())
 
     def check(self, typed: str) -> None:
-        """Refuse to tell an error from one group.
+        """Refuse to tell an error from one group, or from groups of which a part was dropped.
 
         Raises:
-            ValueError: if there is one only.
+            ValueError: if there is one only, or directions that depend on others were dropped.
         """
+        if self.alive is not None and self.size > 1:
+            raise ValueError(
+                f"{typed}: directions were dropped, and those of {self.directions.distribution} depend on each other, "
+                "so that the parts which are left cannot be compared. Use `Gaussian()`, or `Retry` in place of `Drop`."
+            )
         if self.count < 2:
             raise ValueError(
                 f"{typed} compares independent parts of the estimate with each other: `num_samples` must be more than "
                 f"the {self.size} direction{'s' * (self.size > 1)} that make one part of "
-                f"{self.directions.distribution}, got {len(self.directions)}."
+                f"{self.directions.distribution}, got {len(self.directions) if self.alive is None else self.count}."
             )
 
     def odd(self) -> torch.Tensor:
@@ -144,6 +151,10 @@ class Groups:
         """How many directions the group that begins at ``lo`` has."""
         return min(self.size, len(self.directions) - lo)
 
+    def among(self, kept: torch.Tensor) -> int:
+        """How many directions of a mask were not dropped."""
+        return int((kept if self.alive is None else kept & self.alive).sum())
+
     def rows(self, lo: int, hi: int) -> torch.Tensor:
         """Directions as rows of a matrix."""
         d = self.directions
@@ -173,11 +184,16 @@ def spread(groups: Groups, weights: torch.Tensor, mean: torch.Tensor) -> ErrorBa
     Returns:
         The error.
     """
-    total, c = torch.zeros_like(mean), weights.to(mean)
+    total, num = torch.zeros_like(mean), len(groups.directions)
+    left = num if groups.alive is None else groups.count
+    weights = weights * (left / num)  # without what makes the mean over all directions that over the survivors
     with full_precision(mean.device):
-        for lo, rows in groups.sums(c):
-            total += (rows - groups.held(lo) * mean).square_().sum(dim=0)
-    variance = total * (groups.count / (groups.count - 1) / len(groups.directions) ** 2)
+        for lo, rows in groups.sums(weights.to(mean)):
+            deviations = rows - groups.held(lo) * mean
+            if groups.alive is not None:
+                deviations = deviations[groups.alive[lo : lo + len(rows)].to(mean.device)]
+            total += deviations.square_().sum(dim=0)
+    variance = total * (groups.count / (groups.count - 1) / left**2)
     return ErrorBars(mean, variance, groups, _halves(groups, lambda kept: weights * kept.to(weights).unsqueeze(1)))
 
 
@@ -196,7 +212,7 @@ def compared(groups: Groups, only: Callable[[torch.Tensor], torch.Tensor], mean:
     step = math.ceil(groups.count / _FOLDS) * groups.size
     part = torch.arange(len(groups.directions)) // step
     masks = [part != k for k in range(int(part[-1]) + 1)]
-    means = torch.stack([_from(groups, only(kept), kept) for kept in masks])
+    means = torch.stack([_from(groups, only(kept), kept) for kept in masks if groups.among(kept)])
     variance = (means - means.mean(dim=0)).square_().sum(dim=0) * ((len(means) - 1) / len(means))
     return ErrorBars(mean, variance, groups, _halves(groups, only))
 
@@ -208,4 +224,4 @@ def _halves(groups: Groups, only: Callable[[torch.Tensor], torch.Tensor]) -> Hal
 
 def _from(groups: Groups, weights: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The estimate from some of the directions, with weights that are zero at the others."""
-    return contract(groups.directions, groups.sigma, weights * (len(kept) / int(kept.sum())))
+    return contract(groups.directions, groups.sigma, weights * (len(kept) / groups.among(kept)))

@@ -13,6 +13,7 @@ from zograd._surrogate import refusal
 from zograd._tree import numbers
 from zograd.distributions.adapter import adapt
 from zograd.evaluators import EVALUATORS, Evaluator
+from zograd.failures import Drop, Retry, dropping
 from zograd.schemes import SCHEMES, Scheme
 from zograd.shaping import check_shaping
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zograd.distributions.base import Distribution
+    from zograd.failures import Failures
     from zograd.shaping import Shaping
 
 __all__ = ["Options"]
@@ -51,7 +53,7 @@ class Options:
     sigma: Any
     evaluator: Evaluator
     shaping: Shaping | None
-    failures: str
+    failures: Failures
     batch_dim: int | None
     generator: torch.Generator | None
     seed: int | None
@@ -144,6 +146,11 @@ class Options:
                 f"`distribution=Coordinate()` has and {self.distribution} does not."
             )
         self._check_differences()
+        if self.surrogate is not None and dropping(self.failures) is not None:
+            raise ValueError(
+                f"`{self.call}(surrogate=..., failures={self.failures})`: the halves of the directions that a "
+                "surrogate compares must be whole: use `Retry`, or no surrogate."
+            )
         if self.surrogate is not None and (reason := refusal(self.distribution, self.shaping, self.batch_dim)):
             raise ValueError(f"`{self.call}(surrogate=...)` has no unbiased estimate here: {reason}.")
         if self.shaping is not None:
@@ -265,10 +272,14 @@ def _surrogate(value: Any, typed: str, call: str) -> Callable[..., Any] | None:
     return value  # type: ignore[no-any-return]
 
 
-def _failures(value: Any, typed: str, call: str) -> str:
-    if value != "raise":
-        raise ValueError(f"{typed} must be 'raise', got {value!r}.")
-    return "raise"
+def _failures(value: Any, typed: str, call: str) -> Failures:
+    if isinstance(value, (Retry, Drop)):
+        return value
+    if isinstance(value, type) and issubclass(value, (Retry, Drop)):
+        raise TypeError(f"{typed} must be an instance, got the class {value.__name__}: add `()`.")
+    if not isinstance(value, str) or value != "raise":
+        raise ValueError(f"{typed} must be 'raise', a Retry or a Drop of `zograd.failures`, got {value!r:.80}.")
+    return value
 
 
 def _batch_dim(value: Any, typed: str, call: str) -> int | None:

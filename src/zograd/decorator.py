@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from zograd.distributions.adapter import DistributionLike
     from zograd.estimator import Estimate
     from zograd.evaluators.base import Evaluator
+    from zograd.failures import Failures
     from zograd.schemes import Scheme
     from zograd.shaping import Shaping
 
@@ -212,6 +213,7 @@ class ZeroOrderFunction(Generic[P]):
                 o.evaluator,
                 o.shaping,
                 o.surrogate,
+                o.failures,
             ),
             space=space,
             lost=_lost_gradient(arguments),
@@ -347,7 +349,7 @@ def zero_order(
     *,
     evaluator: str | Evaluator = "loop",
     shaping: Shaping | None = None,
-    failures: str = "raise",
+    failures: Failures = "raise",
     batch_dim: int | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
@@ -378,7 +380,8 @@ def zero_order(
         evaluator: ``"loop"`` (any ``fn``), ``"vmap"`` (many directions at once, for torch operations),
             ``"batched"`` (``fn`` takes a leading axis of parameter sets), or an instance.
         shaping: a function of all values at once, such as :func:`~zograd.shaping.leave_one_out`.
-        failures: ``"raise"``: an evaluation that fails or is not finite raises.
+        failures: what it means if ``fn`` raises at a point or its value there is not finite: ``"raise"``, a
+            :class:`~zograd.failures.Retry` or a :class:`~zograd.failures.Drop`.
         batch_dim: ``fn`` maps the slices along this dimension independently, and each gets a direction and coefficient
             of its own. Check it with :func:`zograd.check_slices`: the gradient is wrong if ``fn`` mixes slices.
         generator: where the seed of each call is drawn from; torch's global stream otherwise, one draw a call.
