@@ -118,10 +118,10 @@ def save_picture(path, curves, paths):
     for kind, losses in curves.items():
         left.plot(losses, color=COLORS[kind], label=NAMES[kind])
     left.set(title="influence balancing, windows of one step", xlabel="updates", ylabel="loss", yscale="log")
-    line = torch.linspace(-6, 8, 141, dtype=torch.float64)
-    x, y = torch.meshgrid(line, line, indexing="xy")
+    across, up = (torch.linspace(low, 8, 141, dtype=torch.float64) for low in (-6, -12))
+    x, y = torch.meshgrid(across, up, indexing="xy")
     level = whole(torch.stack([x.flatten(), y.flatten()], dim=1)).view(x.shape).clamp(max=4000)
-    shades = right.contourf(line, line, level.numpy(), levels=20, cmap="Greys")
+    shades = right.contourf(across, up, level.numpy(), levels=20, cmap="Greys")
     figure.colorbar(shades, ax=right, label="loss of 100 steps")
     for kind, points in paths.items():
         right.plot(*points.T.numpy(), color=COLORS[kind], label=NAMES[kind])
