@@ -48,6 +48,7 @@ class Mutant:
 EXACT, STATISTICS, BITS = "test_estimator_exact.py", "test_estimator_statistics.py", "test_same_bits.py"
 CHECK, CHECK_DISTRIBUTION = "test_check.py", "test_check_distribution.py"
 JOURNAL, TRACKING = "test_journal.py", "test_tracking.py"
+UNROLLED = "test_unrolled.py"
 
 MUTANTS = [
     Mutant(
@@ -326,6 +327,34 @@ MUTANTS = [
         "last.double() - (counts + 1).double() / 2",
         "last.double() - 1",
         ("test_shaping.py",),
+    ),
+    Mutant(
+        "PES forgets earlier windows",
+        "unrolled.py",
+        "return fresh, held + fresh",
+        "return fresh, fresh",
+        (UNROLLED,),
+    ),
+    Mutant(
+        "a reset keeps what a particle was perturbed by",
+        "unrolled.py",
+        'state["perturbation"].masked_fill(there.unsqueeze(-1), 0.0)',
+        'state["perturbation"].clone()',
+        (UNROLLED,),
+    ),
+    Mutant(
+        "a pair out of step counts as a difference",
+        "_unroll.py",
+        "if together.any():",
+        "if False:",
+        (UNROLLED,),
+    ),
+    Mutant(
+        "Sobol's points not shuffled between windows",
+        "_particles.py",
+        "if not family.independent:",
+        "if False:",
+        (UNROLLED,),
     ),
     Mutant(
         "the surrogate's factor is fitted to the directions it is used with",

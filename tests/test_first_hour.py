@@ -586,7 +586,6 @@ def test_hessian_vector_products():
     torch.testing.assert_close(product, torch.tensor([2.0, 4.0]), atol=0.5, rtol=0)
 
 
-@later("unrolled estimators come later")
 def test_long_unrolls():
     """My inner loop has thousands of steps: update every few, without bias."""
     estimator = zograd.unrolled.PES(

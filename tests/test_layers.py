@@ -43,7 +43,8 @@ LEVELS = [
     ("L4.4", ["_surrogate"]),
     ("L5", ["estimator"]),
     ("L6", ["_autograd", "_options", "optim"]),
-    ("L7", ["decorator", "slices"]),
+    ("L6.1", ["_window", "_particles"]),
+    ("L7", ["decorator", "slices", "_unroll"]),
     ("L7.1", ["_check"]),
     ("L7.2", ["_check.moments", "_check.table", "_check.watch"]),
     ("L7.25", ["_check.subject"]),
@@ -52,7 +53,7 @@ LEVELS = [
     ("L7.5", ["_check.report"]),
     ("L7.6", ["_check.run"]),
     ("L7.7", ["diagnostics"]),
-    ("L8", ["nn"]),
+    ("L8", ["nn", "unrolled"]),
     ("L9.0", [""]),  # zograd itself
     ("L9.1", ["compat"]),
     ("L9.2", ["compat.torchopt"]),

@@ -24,6 +24,7 @@ MODULES = [
     "zograd.nn",
     "zograd.schemes",
     "zograd.shaping",
+    "zograd.unrolled",
 ]
 
 

@@ -4,7 +4,7 @@ Gradients of functions that have none to give (simulators, metrics, discrete cho
 values alone, so that ``loss.backward()`` and every optimizer of PyTorch work as usual.
 """
 
-from zograd import diagnostics, distributions, evaluators, failures, nn, optim, schemes, shaping
+from zograd import diagnostics, distributions, evaluators, failures, nn, optim, schemes, shaping, unrolled
 from zograd._options import Options
 from zograd._random import current_seed, current_seeds
 from zograd._versions import __version__, show_versions
@@ -37,6 +37,7 @@ __all__ = [  # noqa: RUF022 - grouped as the reader meets them
     "optim",
     "replay",
     "check",
+    "unrolled",
     "check_slices",
     "diagnostics",
     "current_seed",

@@ -210,6 +210,13 @@ class Points:
         """The smoothing radius of each leaf."""
         return self._sigma
 
+    @classmethod
+    def again(
+        cls, params: Leaves, directions: Directions, sigma: tuple[float, ...], sides: tuple[float, ...]
+    ) -> Points:
+        """The points of another one's ``params``, for who evaluates them elsewhere."""
+        return cls(params, directions, sigma, sides)
+
     def only(self, sides: tuple[float, ...]) -> Points:
         """The points of these sides."""
         return self if sides == self.sides else Points(self.params, self.directions, self._sigma, sides)

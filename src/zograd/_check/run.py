@@ -15,6 +15,7 @@ from zograd._check.subject import Subject
 from zograd._check.sweep import SCHEMES, Cloud, Samples, cloud, sample, square_of
 from zograd._check.watch import RandomStates
 from zograd.distributions.gaussian import Gaussian
+from zograd.sampling import Until
 from zograd.schemes import ANTITHETIC
 
 if TYPE_CHECKING:
@@ -258,7 +259,8 @@ class _Examination:
         ours = cloud(at.samples, at.samples.coefficients(ANTITHETIC))
         ours = square_of(at.samples, ours, smooth=radii.smooth(at, sweep))
         one = cloud(at.samples, at.samples.coefficients(options.method)).replace(ours.square, ours.square_error)
-        return one.cosine(options.num_samples or self.subject.space.dim)
+        num = options.num_samples
+        return one.cosine(num.bound if isinstance(num, Until) else num or self.subject.space.dim)
 
     def _suggest(
         self, best: radii.Radius | None, needed: dict[str, advice.Need], whole: Cloud | None

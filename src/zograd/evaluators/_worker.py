@@ -86,6 +86,7 @@ class Job:
     depth: int
     modes: Modes
     owned: bool  # whether its worker processes are the pool's own
+    kind: type[Points] = Points
     key: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
     home: int = field(default_factory=os.getpid)
     context: contextvars.Context | None = None  # for threads of this process
@@ -98,7 +99,7 @@ class Job:
     def points(self) -> Points:
         """The points, with buffers of their own."""
         directions = Directions(self.distribution, self.space, self.seed, self.num)
-        return Points(self.params, directions, self.sigma, (self.probe,))
+        return self.kind.again(self.params, directions, self.sigma, (self.probe,))
 
 
 at_home: dict[bytes, Job] = {}

@@ -134,6 +134,7 @@ class Pool(Evaluator):
             num=directions.num,
             sigma=points.sigma,
             probe=points.sides[0],
+            kind=type(points),
             shared=stream is not None and stream.shared,
             depth=1 if stream is None else stream.depth,
             modes=Modes.here(directions.space.device, self.threads),
