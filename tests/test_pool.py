@@ -86,7 +86,7 @@ def test_answers_come_in_any_order(seed):
         zograd.distributions.LowRank(),
         torch.randn,
     ],
-    ids=str,
+    ids=lambda family: type(family).__name__,
 )
 def test_families(workers, family):
     assert_same(estimate(cubes, distribution=family), estimate(cubes, workers, distribution=family))
