@@ -63,10 +63,10 @@ class _Values:
     there: list[bool] = field(default_factory=list)
     ready: int = 0  # of which all are there
 
-    def put(self, point: int, row: torch.Tensor) -> None:
+    def put(self, point: int, rows: torch.Tensor) -> None:
         at = point - self.first
-        self.rows[at] = row
-        self.there[at] = True
+        self.rows[at : at + len(rows)] = rows
+        self.there[at : at + len(rows)] = [True] * len(rows)
         while self.ready < len(self.there) and self.there[self.ready]:
             self.ready += 1
 
@@ -251,9 +251,9 @@ class Dispatch:
         shape, fn = self._fn.shape, self._fn
         rows = _read(answer.data).view(-1, *shape) if shape.numel() else torch.empty((errand.points, *shape))
         assert self._values is not None
-        for point, row in enumerate(rows, errand.lo):
-            self._values.put(point, row)
-            if fn.arrived is not None:
+        self._values.put(errand.lo, rows)
+        if fn.arrived is not None:
+            for point, row in enumerate(rows, errand.lo):
                 i, j = divmod(point, self._sides)
                 fn.arrived(i, j, row.item() if not shape else row.to(fn.value.device))
         return len(rows)
@@ -334,7 +334,7 @@ class Dispatch:
         elif fn.may_drop(index):
             fn.fail(1)
             assert self._values is not None
-            self._values.put(errand.lo, torch.as_tensor(fn.lost(), dtype=torch.float64).cpu())
+            self._values.put(errand.lo, torch.as_tensor(fn.lost(), dtype=torch.float64).cpu().unsqueeze(0))
         else:
             raise error
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import uuid
+from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -201,7 +202,7 @@ class Place:
         objective.shape, objective.habits = torch.Size(task.shape), Habits(*task.habits)
         answer = Answer(_name())
         self._counts = [0, 0, 0]
-        values: list[torch.Tensor] = []
+        values: list[Value] = []
         try:
             # First, since the directions of a worker that makes others are not worth an evaluation.
             if not self.proven:
@@ -211,7 +212,7 @@ class Place:
                 stream.depth = job.depth
                 objective.stream = stream
                 if task.lo == CENTER_POINT:
-                    values.append(objective.center(self.points.center()).reshape(-1))
+                    values.append(objective.center(self.points.center()))
                     answer.dtype = str(objective.value.dtype).removeprefix("torch.")
                     answer.shape = tuple(objective.shape)
                 else:
@@ -223,28 +224,28 @@ class Place:
             answer.error = error
         finally:
             objective.stream = None
-        answer.data = b"".join(map(_bytes, values))
+        answer.data = _bytes(values)
         answer.counts = self._counts[0], self._counts[1], self._counts[2]
         answer.habits = objective.habits.differentiates, objective.habits.draws
         return answer
 
-    def _values(self, sides: tuple[float, ...], lo: int, hi: int) -> Iterator[torch.Tensor]:
+    def _values(self, sides: tuple[float, ...], lo: int, hi: int) -> Iterator[Value]:
         count = len(sides)
         points = self.points.only(sides)
         self.points = points  # with the span of directions that it made last
         for i in range(lo // count, -(-hi // count)):
             (point,) = points.rows(i, i + 1)
             for j in range(max(lo - i * count, 0), min(hi - i * count, count)):
-                yield _flat(self.objective(point(sides[j]), i))
+                yield self.objective(point(sides[j]), i)
 
 
-def _flat(value: Value) -> torch.Tensor:
-    return torch.as_tensor(value, dtype=torch.float64).reshape(-1)
-
-
-def _bytes(value: torch.Tensor) -> bytes:
-    host = value.detach().to("cpu", torch.float64).contiguous()
-    return ctypes.string_at(host.data_ptr(), 8 * host.numel()) if host.numel() else b""
+def _bytes(values: list[Value]) -> bytes:
+    """The values one after the other, as they are in memory."""
+    numbers = [value for value in values if isinstance(value, float)]
+    if len(numbers) == len(values):
+        return array("d", numbers).tobytes()
+    tensors = [torch.as_tensor(value).detach().to("cpu", torch.float64).contiguous() for value in values]
+    return b"".join(ctypes.string_at(t.data_ptr(), 8 * t.numel()) if t.numel() else b"" for t in tensors)
 
 
 def fingerprint(points: Points) -> bytes:
