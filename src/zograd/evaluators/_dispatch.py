@@ -96,6 +96,7 @@ class Dispatch:
         self._serial = itertools.count()
         self._sent = 0  # times that the job was sent along, to this executor
         self._bringing: dict[str, _Errand] = {}  # what was last to bring the job, by the workers that missed it
+        self._settled: set[str] = set()  # workers that have answered
         self._values: _Values | None = None
         self._center: torch.Tensor | None = None
         self._proof: bytes | None = None
@@ -216,6 +217,7 @@ class Dispatch:
             self._bring(answer.worker, errand)
             return
         self._crew.names.add(answer.worker)
+        self._settled.add(answer.worker)
         if answer.proof is not None:
             self._check(answer.worker, *answer.proof)
         fn = self._fn
@@ -311,6 +313,7 @@ class Dispatch:
         self._crew.end()
         self._sent = 0
         self._bringing.clear()
+        self._settled.clear()
 
     def _died(self, errand: _Errand, error: BaseException) -> WorkerError:
         died = WorkerError(f"`Pool`: a worker died while it evaluated {self._fn.name} at {self._where(errand)}.")
@@ -386,7 +389,9 @@ class Dispatch:
     def _deadline(self, errand: _Errand) -> float:
         assert self._timeout is not None
         assert errand.begun is not None
-        return errand.begun + self._timeout * errand.points
+        # As long as a worker may still be starting, or importing what fn needs, it has the time that the first one took.
+        starting = len(self._settled) < self._crew.workers
+        return errand.begun + self._timeout * errand.points + starting * (1 + 2 * self._crew.started)
 
     def _patience(self) -> float | None:
         """Seconds until the first task is late; each that a worker must have taken by now is on the clock."""

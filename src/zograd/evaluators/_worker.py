@@ -9,6 +9,7 @@ import pickle
 import signal
 import socket
 import threading
+import time
 import uuid
 from array import array
 from collections import OrderedDict
@@ -310,7 +311,7 @@ def _settle_in(job: Job) -> None:
         from multiprocessing import parent_process
 
         parent = parent_process()
-        if parent is not None:
+        if parent is not None or hasattr(os, "getppid"):
             threading.Thread(target=_go_with, args=(parent,), name="zograd-parent", daemon=True).start()
 
 
@@ -323,7 +324,12 @@ def _own_group() -> None:
 
 def _go_with(parent: Any) -> None:
     """End with the process that the values are for, which may be killed without a word."""
-    parent.join()
+    if getattr(parent, "_sentinel", None) is not None:
+        parent.join()
+    else:  # not started by multiprocessing itself; there is nothing to wait for, but another parent shows
+        first = os.getppid()
+        while os.getppid() == first:
+            time.sleep(1)
     if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
