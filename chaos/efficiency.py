@@ -1,8 +1,8 @@
 """How much of two workers' time goes into fn?
 
 fn sleeps, as one does that waits for a program elsewhere, and measures how long that took. Efficiency is the sum of
-what it measured over the time of two workers: twice that of the estimate. Of several estimates the best counts, since other
-load on the machine can only take away. At 1 ms without a batch size the figure is reported and has no aim.
+what it measured over the time of two workers: twice that of the estimate. Of several estimates the best counts, since
+other load on the machine can only take away. At 1 ms without a batch size the figure is reported and has no aim.
 """
 
 import sys

@@ -389,7 +389,7 @@ class Dispatch:
     def _deadline(self, errand: _Errand) -> float:
         assert self._timeout is not None
         assert errand.begun is not None
-        # As long as a worker may still be starting, or importing what fn needs, it has the time that the first one took.
+        # As long as a worker may still be starting, or importing what fn needs, it has the time that the first one had.
         starting = len(self._settled) < self._crew.workers
         return errand.begun + self._timeout * errand.points + starting * (1 + 2 * self._crew.started)
 
