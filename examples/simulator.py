@@ -57,14 +57,18 @@ def run(program, throw):
 
 def miss(throw, program):
     """How far it rests from the target, and how much it lacks at the wall; no derivative anywhere."""
-    path = run(program, throw)
+    return judged(run(program, throw))
+
+
+def judged(path):
     height = max((y for x, y in path if abs(x - CLEAR[0]) < 0.1), default=0.0)
     return abs(path[-1][0] - TARGET) + 2 * max(0.0, CLEAR[1] - height)
 
 
 def train(options, program):
     throw = torch.tensor(START, requires_grad=True)
-    optimizer = torch.optim.Adam([throw], lr=0.15)
+    optimizer = torch.optim.Adam([throw], lr=0.15, betas=(0.8, 0.99))
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, options.steps)  # a straight line to zero
     misses = []
     with ThreadPoolExecutor(4) as threads, zograd.Tracker(progress=True) as tracker:
         loss = zograd.zero_order(
@@ -81,6 +85,7 @@ def train(options, program):
             value.backward()
             torch.nn.utils.clip_grad_norm_([throw], 5.0)
             optimizer.step()
+            schedule.step()
             misses.append(value.item())
     return throw.detach(), misses, tracker
 
@@ -121,7 +126,7 @@ def main():
     program.write_text(PROGRAM, encoding="utf-8")
     throw, misses, tracker = train(options, str(program))
     save_picture(options.folder / "simulator.png", str(program), throw, misses)
-    first, last = misses[0], min(misses[-5:])
+    first, last = misses[0], judged(same_again(str(program), throw))
     print(f"miss {first:.2f} at first, {last:.2f} at the end; throw {[round(v, 5) for v in throw.tolist()]}")
     print(f"{tracker.evaluations} runs of the program, {tracker.failures} of them failed and were made again")
     print(f"picture: {options.folder / 'simulator.png'}")

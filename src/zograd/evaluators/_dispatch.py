@@ -29,6 +29,7 @@ __all__ = ["Dispatch"]
 _AHEAD = 2  # tasks under way for each worker: one that it does and one to go on with
 _LETHAL = 2  # deaths of workers after which a task is watched by itself
 torch_version = torch.__version__
+_PROOF = 3  # deaths by itself, in a row, that are not by chance: other workers may die of anything
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -40,6 +41,7 @@ class _Errand:
     hi: int
     tried: int = 0  # times that the policy let it be evaluated again
     deaths: int = 0  # of workers while it was under way
+    alone: int = 0  # of these, with nothing else under way
     with_job: bool = False  # to be sent with all that the job needs
     begun: float | None = None  # when a worker must have taken it
 
@@ -300,7 +302,11 @@ class Dispatch:
         self._renew()
         alone = len(errands) == 1 and errands[0].points == 1 and errands[0].deaths >= _LETHAL
         if alone:
-            self._failed(errands[0], self._died(errands[0], error))
+            errands[0].alone += 1
+            if errands[0].alone < _PROOF:
+                self._suspects.appendleft(errands[0])
+            else:
+                self._failed(errands[0], self._died(errands[0], error))
             return
         for errand in reversed(errands):
             errand.deaths += 1
@@ -332,7 +338,7 @@ class Dispatch:
         fn.count(1)  # it did begin
         if errand.tried + 1 < tries(fn.policy):
             fn.fail(1, again=1)
-            errand.tried += 1
+            errand.tried, errand.alone = errand.tried + 1, 0
             self._waiting.appendleft(errand)
         elif fn.may_drop(index):
             fn.fail(1)
