@@ -323,8 +323,8 @@ MUTANTS = [
     Mutant(
         "threads that share a module",
         "evaluators/_shipping.py",
-        "    if isinstance(value, torch.nn.Module):\n        return copy.deepcopy(value, memo)\n    if hasattr",
-        "    if isinstance(value, torch.nn.Module):\n        return value\n    if hasattr",
+        "return types.CellType(copy.deepcopy(held, memo)) if isinstance(held, torch.nn.Module) else cell",
+        "return cell",
         (POOL,),
     ),
     Mutant(
