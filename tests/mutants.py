@@ -47,6 +47,7 @@ class Mutant:
 
 EXACT, STATISTICS, BITS = "test_estimator_exact.py", "test_estimator_statistics.py", "test_same_bits.py"
 CHECK, CHECK_DISTRIBUTION = "test_check.py", "test_check_distribution.py"
+FAILURES, POOL = "test_failures.py", "test_pool.py"
 JOURNAL, TRACKING = "test_journal.py", "test_tracking.py"
 UNROLLED = "test_unrolled.py"
 
@@ -369,6 +370,48 @@ MUTANTS = [
         "        return self._used\n",
         "        return self.num\n",
         ("test_until.py",),
+    ),
+    Mutant(
+        "the mean over all directions where some were dropped",
+        "estimator.py",
+        "out[alive] = rows * (len(alive) / len(rows))",
+        "out[alive] = rows",
+        (FAILURES,),
+    ),
+    Mutant(
+        "a retry at the point that fn wrote to",
+        "_objective.py",
+        "value = evaluate(tuple(p.clone() for p in params) if left else params)",
+        "value = evaluate(params)",
+        (FAILURES,),
+    ),
+    Mutant(
+        "a policy that swallows what is no failure",
+        "failures.py",
+        "return isinstance(error, Exception) and not isinstance(error, _BEYOND)",
+        "return isinstance(error, BaseException)",
+        (POOL,),
+    ),
+    Mutant(
+        "values in the order of their arrival",
+        "evaluators/_dispatch.py",
+        "        at = point - self.first\n",
+        "        at = sum(self.there)\n",
+        (POOL,),
+    ),
+    Mutant(
+        "threads that share a module",
+        "evaluators/_shipping.py",
+        "return types.CellType(copy.deepcopy(held, memo)) if isinstance(held, torch.nn.Module) else cell",
+        "return cell",
+        (POOL,),
+    ),
+    Mutant(
+        "the parameters with every task",
+        "evaluators/_dispatch.py",
+        "with_job = errand.with_job or self._sent < self._crew.workers",
+        "with_job = True",
+        (POOL,),
     ),
 ]
 
