@@ -6,6 +6,7 @@ __all__ = [
     "BudgetExceeded",
     "JournalError",
     "NonFiniteError",
+    "RankError",
     "ReplayError",
     "SecondDerivativeError",
     "SharedStreamError",
@@ -39,3 +40,7 @@ class BudgetExceeded(RuntimeError):
 
 class JournalError(RuntimeError):
     """A journal is of another run, another program or another version, or is damaged."""
+
+
+class RankError(RuntimeError):
+    """Ranks of torch.distributed have no estimate in common: one failed, died, or disagrees with the others."""
