@@ -46,6 +46,7 @@ class Mutant:
 
 
 EXACT, STATISTICS, BITS = "test_estimator_exact.py", "test_estimator_statistics.py", "test_same_bits.py"
+DISTRIBUTED = "test_distributed.py"
 JOURNAL, TRACKING = "test_journal.py", "test_tracking.py"
 
 MUTANTS = [
@@ -290,6 +291,34 @@ MUTANTS = [
         "        draw_seed(setup.seed, setup.generator)\n"
         "        with Tally(objective.name, setup.recipe.evaluations) as tally:",
         (TRACKING,),
+    ),
+    Mutant(
+        "distributed: each rank keeps its own center",
+        "evaluators/distributed.py",
+        "    return rows[0][0], torch.cat",
+        "    return report.values[: shape.numel()].view(shape), torch.cat",
+        (DISTRIBUTED,),
+    ),
+    Mutant(
+        "distributed: the parameters are not compared",
+        "evaluators/distributed.py",
+        '"parameters": [leaf.detach() for leaf in points.params]',
+        '"parameters": [leaf.shape for leaf in points.params]',
+        (DISTRIBUTED,),
+    ),
+    Mutant(
+        "distributed: a rank that raises leaves the others waiting",
+        "evaluators/distributed.py",
+        "    except (Exception, SystemExit) as error:",
+        "    except SystemExit as error:",
+        (DISTRIBUTED,),
+    ),
+    Mutant(
+        "distributed: what the others evaluated is counted here",
+        "evaluators/distributed.py",
+        "        fn.repeated -= (hi - lo - share.mine) * len(points.sides)\n",
+        "",
+        (DISTRIBUTED,),
     ),
 ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "chaos"
-SHORT = {"counted": 200, "untouched": 120, "killed": 8, "damaged": 120, "bad_inputs": 200}
+SHORT = {"counted": 200, "untouched": 120, "killed": 8, "damaged": 120, "bad_inputs": 200, "ranks": 15}
 
 
 @pytest.mark.slow

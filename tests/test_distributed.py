@@ -1,6 +1,7 @@
 """Estimates shared out among ranks: the bits of one process, and named errors whatever happens to a rank."""
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,13 @@ def test_every_rank_has_the_bits_of_one_process(ranks, count):
     wanted = rank_cases.bits()
     for result in ranks(rank_cases.same_bits, count):
         assert_equal(result, wanted)
+
+
+def test_ranks_with_data_of_their_own_agree_on_value_and_gradient(ranks):
+    first, second = ranks(rank_cases.other_data, 2)
+    assert_equal(first, second)
+    assert first["value"] == X.sum()  # the first rank's
+    assert len(set(first["coefficients"].sign().tolist())) == 2
 
 
 def test_a_wrapped_module_trains_as_in_one_process_its_buffers_included(ranks):
@@ -186,6 +194,23 @@ def test_a_rank_leaves(ranks):
     first, second = ranks(rank_cases.one_leaves, 2)
     same_error([first], "a rank died, left the estimate")
     assert second is None
+
+
+def test_the_example_ends_with_the_same_parameters():
+    def run(*launcher):
+        script = Path(__file__).parent.parent / "examples" / "torchrun_es.py"
+        ran = subprocess.run(
+            [sys.executable, *launcher, str(script), "--steps", "40"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout.split()[-1]
+
+    assert run() == run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 # -------------------------------------------------------------------------------------------------------- one process

@@ -276,4 +276,8 @@ def _padded(values: torch.Tensor | None, count: int) -> bytes:
 
 
 def _unpacked(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.float64) if data else torch.empty(0, dtype=torch.float64)
+    return (
+        torch.frombuffer(bytearray(data), dtype=torch.float64)
+        if data
+        else torch.empty(0, dtype=torch.float64, device="cpu")
+    )
