@@ -76,7 +76,6 @@ def test_ranks_with_data_of_their_own_agree_on_value_and_gradient(ranks):
     first, second = ranks(rank_cases.other_data, 2)
     assert_equal(first, second)
     assert first["value"] == X.sum()  # the first rank's
-    assert len(set(first["coefficients"].sign().tolist())) == 2
 
 
 def test_a_wrapped_module_trains_as_in_one_process_its_buffers_included(ranks):
