@@ -33,7 +33,7 @@ LEVELS = [
     ("L2.3", ["distributions"]),
     ("L3", ["_points", "_objective", "_overlay", "_replica"]),
     ("L4.0", ["evaluators.base", "evaluators._ledger", "tracking", "_contraction"]),
-    ("L4.1", ["_curvature"]),
+    ("L4.1", ["_curvature", "_error_bars"]),
     ("L4.1", ["evaluators.loop", "evaluators.vmap", "evaluators.batched"]),
     ("L4.2", ["evaluators._exchange", "evaluators._inner"]),
     ("L4.2", ["evaluators.distributed", "evaluators.journal"]),

@@ -13,7 +13,7 @@ from zograd._tree import numbers
 from zograd.distributions.adapter import adapt
 from zograd.evaluators import EVALUATORS, Evaluator
 from zograd.schemes import SCHEMES, Scheme
-from zograd.shaping import leave_one_out
+from zograd.shaping import check_shaping
 
 if TYPE_CHECKING:
     from zograd.distributions.base import Distribution
@@ -139,12 +139,11 @@ class Options:
                 f"`distribution=Coordinate()` has and {self.distribution} does not."
             )
         self._check_differences()
-        if self.shaping is leave_one_out and self.num_samples is not None and self.num_samples < 2:
-            raise ValueError(
-                f"`{self.call}(shaping=leave_one_out, num_samples={self.num_samples})` needs the values of other "
-                "directions: "
-                "`num_samples` must be at least 2."
-            )
+        if self.shaping is not None:
+            name = getattr(self.shaping, "__name__", self.shaping)
+            typed = f"`{self.call}(shaping={name}, num_samples={self.num_samples}, method={self.method})`"
+            sides, is_difference = len(self.method.sides), self.method.is_difference
+            check_shaping(self.shaping, self.num_samples, sides, typed, is_difference=is_difference)
 
     def _check_differences(self) -> None:
         """Directions with a mean that is not zero would carry the level of ``fn`` into the gradient."""

@@ -21,10 +21,12 @@ import torch
 
 from zograd._contraction import Contraction, contract, weigh
 from zograd._curvature import by_direction, differences, hessian_product, refusal, refused
+from zograd._error_bars import ErrorBars
 from zograd._points import Directions, Points
 from zograd._random import FnStream
 from zograd._tree import same_structure, take_apart
 from zograd.errors import NonFiniteError, SecondDerivativeError, ZeroOrderWarning
+from zograd.shaping import centered_ranks, leave_one_out, standardize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,6 +87,12 @@ class Evidence:
     def differences(self, directions: Directions) -> torch.Tensor:
         """The second difference along each direction, float64 of shape (N, *out), the mean of the others removed."""
         return differences(self.recipe.scheme, directions, _joined(self._pieces), self._center)
+
+    def reshaped(self, kept: torch.Tensor) -> torch.Tensor:
+        """The coefficients that a shaping makes of the values of some directions alone, zero at the others."""
+        rows = torch.zeros(len(kept), 1, dtype=torch.float64)
+        rows[kept, 0] = _shaped(_joined(self._pieces)[kept], self._center, self.recipe).cpu()
+        return rows
 
 
 @dataclass(eq=False)
@@ -202,6 +210,98 @@ class Estimate:
             )
         rows = by_direction(self._evidence.differences(self.directions), space)
         return self._tree(hessian_product(self.directions, self.sigma, rows, space.join(tuple(leaves))))
+
+    def standard_error(self) -> Any:
+        r"""The standard error of each entry of ``grad``, from the values that the gradient was made of.
+
+        .. math:: \widehat{se}^2 = \frac{B}{(B - 1) N^2} \sum_{b=1}^{B} \Big( \sum_{i \in b}
+                  (c_i \epsilon_i / \sigma - \hat g) \Big)^2
+
+        The sums run over B groups of directions that do not depend on each other: single directions, or whole blocks
+        of ``Orthogonal()``, ``Hadamard()`` and ``Sobol()``. For ``centered_ranks`` and ``standardize`` it is a
+        jackknife over up to 32 parts. It is the error about the mean of the estimate, the gradient of the *smoothed*
+        function; the bias of a large ``sigma`` does not show in it. The target lies within two standard errors in about
+        95 % of the entries; with fewer than about 20 groups in less.
+
+        Returns:
+            Tensors in the structure of ``grad``.
+
+        Raises:
+            ValueError: if there is one group only, ``fn`` returned several values, or the error of the shaping is not
+                known.
+
+        Examples:
+            >>> import torch, zograd
+            >>> estimate = zograd.zero_order(num_samples=400, seed=0)(lambda x: x.sum()).estimate(torch.zeros(2))
+            >>> ((estimate.grad - 1).abs() < 3 * estimate.standard_error()).all()
+            tensor(True)
+        """
+        return self._tree(self._error_bars.variance.sqrt())
+
+    def snr(self) -> float:
+        r"""The signal-to-noise ratio: the length of the gradient over the length of its error.
+
+        .. math:: \sqrt{\max(0, \lVert \hat g \rVert^2 - \lVert \widehat{se} \rVert^2)} / \lVert \widehat{se} \rVert
+
+        The noise's own share is taken off the estimate's length, so that noise alone has a ratio about 0.
+
+        Returns:
+            The ratio; infinite if the groups of directions agree exactly.
+
+        Raises:
+            ValueError: as :meth:`standard_error`.
+        """
+        return self._error_bars.snr
+
+    def split_half_cosine(self) -> float:
+        """The cosine between the gradients that every other group of directions and the rest give.
+
+        Between 0 for noise alone and 1: what one would see by estimating twice with half the directions each.
+
+        Returns:
+            The cosine.
+
+        Raises:
+            ValueError: as :meth:`standard_error`.
+        """
+        return self._error_bars.split_half_cosine()
+
+    def samples_needed(self, cosine: float = 0.9) -> float:
+        r"""How many directions an estimate here needs for this cosine to its target.
+
+        .. math:: n = N \frac{\cos^2}{1 - \cos^2} \frac{1}{\mathrm{snr}^2}
+
+        All noise is taken to be across the gradient, which is a little on the safe side where there are few parameters.
+
+        Args:
+            cosine: between the estimate and the gradient of the smoothed function, above 0 and below 1.
+
+        Returns:
+            ``num_samples``, in whole groups of directions that depend on each other; infinite if this estimate does not
+            rise above its noise, so that it cannot tell.
+
+        Raises:
+            ValueError: if the cosine is out of range, and as :meth:`standard_error`.
+        """
+        if not 0 < cosine < 1:
+            raise ValueError(f"`estimate.samples_needed(cosine=...)` must lie between 0 and 1, got {cosine!r}.")
+        return self._error_bars.needed(cosine)
+
+    @cached_property
+    def _error_bars(self) -> ErrorBars:
+        """The error of ``grad``."""
+        recipe, typed = self._evidence.recipe, "`estimate.standard_error()`"
+        if self._flat is None:
+            raise ValueError(f"{typed} is for objectives of one value, got the shape {tuple(self.value.shape)}.")
+        shaping = recipe.shaping
+        if shaping not in (None, leave_one_out, centered_ranks, standardize):
+            raise ValueError(
+                f"{typed} knows no error of `shaping={getattr(shaping, '__name__', shaping)}`, which makes directions "
+                "depend on each other: use `shaping=None` to see how good the gradient is."
+            )
+        rows = by_direction(self.coefficients, self.directions.space)
+        only = None if shaping in (None, leave_one_out) else self._evidence.reshaped
+        return ErrorBars(self.directions, self.sigma, rows, self._flat, typed, only)
 
     def _tree(self, flat: torch.Tensor) -> Any:
         space = self.directions.space
