@@ -1,0 +1,1 @@
+"""What the examples share: a report and the problems that they solve."""
