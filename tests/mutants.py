@@ -334,6 +334,20 @@ MUTANTS = [
         "last.double() - 1",
         ("test_shaping.py",),
     ),
+    Mutant(
+        "normalizer: it follows the observations within an estimate",
+        "contrib/rl.py",
+        "                    normalizer.seen.add(observation)\n",
+        "                    normalizer.known.add(observation)\n",
+        ("test_contrib_rl.py",),
+    ),
+    Mutant(
+        "moments: merging forgets the distance of the means",
+        "contrib/rl.py",
+        "self.squares + other.squares + away * away * (self.count * other.count / count)",
+        "self.squares + other.squares",
+        ("test_contrib_rl.py",),
+    ),
 ]
 
 

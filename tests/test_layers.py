@@ -43,7 +43,7 @@ LEVELS = [
     ("L7", ["decorator", "slices"]),
     ("L8", ["nn"]),
     ("L9.0", [""]),  # zograd itself
-    ("L9.1", ["compat"]),
+    ("L9.1", ["compat", "contrib", "contrib.rl"]),
     ("L9.2", ["compat.torchopt"]),
 ]
 LEVEL = {module: rank for rank, (_, modules) in enumerate(LEVELS) for module in modules}
