@@ -30,9 +30,7 @@ try:
 
     from tasks import picture
 except ImportError as error:
-    raise SystemExit(
-        f"{error}: this example needs `python -m pip install 'gymnasium[classic-control]' matplotlib`."
-    ) from error
+    raise SystemExit(f"{error}: this example needs `python -m pip install gymnasium matplotlib`.") from error
 
 PAIRS, SIGMA, RATE, DECAY = 16, 0.1, 0.05, 0.005
 BUDGET, TARGET = 250_000, 495  # environment steps, all of them counted but those of the tests; mean of 20 episodes

@@ -7,7 +7,6 @@ same order, and so move the same parameters by the same bits: the checksum at th
 the number of ranks. Without torchrun the script is that one process.
 """
 
-import argparse
 import hashlib
 import random
 
@@ -16,6 +15,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import zograd
+from tasks.report import Report, arguments
+
+try:
+    from matplotlib.figure import Figure
+
+    from tasks import picture
+except ImportError as error:
+    raise SystemExit(f"{error}: this example needs `python -m pip install matplotlib`.") from error
 
 GRAVITY, ENGINE, SECONDS = 1.6, 4.0, 0.1  # the moon's, in m/s^2; of a time step
 
@@ -55,42 +62,63 @@ def landing_speed(weights):
     return sum(fly(weights.tolist(), f"test {k}")[0] for k in range(100)) / 100
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
-    else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-
+def train(seed, steps, hidden):
+    """The weights, the touchdown speed on unseen flights after every fifth step, and this rank's evaluations."""
     evaluator = zograd.evaluators.Distributed(timeout=60)  # a rank that dies ends the others within a minute
-    generator = torch.Generator().manual_seed(options.seed)  # in the same state on every rank
+    generator = torch.Generator().manual_seed(seed)  # in the same state on every rank
     objective = zograd.zero_order(
         method="antithetic", num_samples=24, sigma=0.3, evaluator=evaluator, generator=generator
     )(loss)
     weights = torch.zeros(4, requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=0.1)
-    before = landing_speed(weights)
+    curve = [(0, landing_speed(weights))]
     with zograd.Tracker() as tracker:
-        for _ in tqdm(range(options.steps), unit="step", disable=rank > 0):
+        for step in tqdm(range(1, steps + 1), f"seed {seed}", unit="step", disable=hidden):
             optimizer.zero_grad()
             objective(weights).backward()
             optimizer.step()
-    after = landing_speed(weights)
+            if step % 5 == 0 or step == steps:
+                curve.append((step, landing_speed(weights)))
+    return weights.detach(), curve, tracker.evaluations
 
-    checksum = hashlib.sha256(bytes(weights.detach().view(torch.uint8).tolist())).hexdigest()[:16]
+
+def save_picture(path, curves):
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
+    for seed, curve in curves.items():
+        ax.plot(*zip(*curve, strict=True), label=f"seed {seed}")
+    ax.set(xlabel="steps", ylabel="touchdown speed in m/s, mean of 100 flights", yscale="log")
+    ax.legend()
+    picture.save(figure, path, dpi=90)
+
+
+def main():
+    options = arguments(__doc__, "torchrun_es")
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    steps, seeds = (5, options.seeds[:1]) if options.quick else (100, options.seeds)
+    report, curves, digest, counts = Report("torchrun_es", options), {}, hashlib.sha256(), []
+    for seed in seeds:
+        weights, curves[seed], evaluations = train(seed, steps, hidden=rank > 0)
+        digest.update(bytes(weights.view(torch.uint8).tolist()))
+        counts.append(evaluations)
     everyone = [None] * ranks
-    dist.all_gather_object(everyone, (tracker.evaluations, checksum))
-    if rank == 0:
-        print(f"touchdown at {before:.1f} m/s before, at {after:.2f} m/s after training; {ranks} ranks flew", end=" ")
-        print(f"{' + '.join(str(count) for count, _ in everyone)} times 5; parameters {checksum}")
+    dist.all_gather_object(everyone, (digest.hexdigest()[:16], counts[0]))
     dist.destroy_process_group()
-    assert {other for _, other in everyone} == {checksum}, everyone
-    assert after < 4 < before, (before, after)
+    assert len({checksum for checksum, _ in everyone}) == 1, everyone
+    total = sum(count for _, count in everyone)
+    report.row("touchdown speed before, m/s", "", [curve[0][1] for curve in curves.values()], total)
+    report.row("touchdown speed after, m/s", "below 4", [curve[-1][1] for curve in curves.values()], total)
+    if rank == 0:
+        save_picture(options.output, curves)
+        report.finish()
+        each = " + ".join(str(count) for _, count in everyone)
+        print(f"{each} evaluations by {ranks} rank{'s' * (ranks > 1)}; checksum of the parameters {everyone[0][0]}")
+    if not options.quick:
+        assert all(curve[-1][1] < 4 < curve[0][1] for curve in curves.values()), curves
 
 
 if __name__ == "__main__":
