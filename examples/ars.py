@@ -2,8 +2,9 @@
 
 Mania et al., "Simple random search provides a competitive approach to reinforcement learning" (arXiv:1803.07055). The
 update is plain gradient descent on an antithetic estimate whose values are divided by their deviation: a step of
-2 sigma alpha makes it that of the paper. Swimmer-v5 takes every direction (V1), InvertedPendulum-v5 the better half of
-them and observations normalized by all that were seen (V2-t). Every episode of training counts, the one at the
+2 sigma alpha makes it that of the paper. The better half of the directions count (V1-t); for InvertedPendulum-v5
+observations are normalized by all that were seen before (V2-t). On the seeds 100 to 102 Swimmer-v5 missed its target
+twice with all of 4 directions and sigma = alpha = 0.1, and never with these settings. Every episode of training counts, the one at the
 parameters themselves included; the paper's method has no such episode.
 """
 
@@ -50,7 +51,7 @@ class Task:
 
 
 TASKS = [
-    Task("Swimmer-v5", 8, 2, 4, 4, 0.1, 0.1, False, 325, 300, 3, 5, "120, 120, 240 (numpy); paper 100"),
+    Task("Swimmer-v5", 8, 2, 8, 4, 0.3, 0.3, False, 325, 300, 3, 2, "80, 160, 240 (numpy); paper 100"),
     Task("InvertedPendulum-v5", 4, 1, 8, 4, 0.3, 0.3, True, 1000, 150, 3, 1, "80 (numpy)"),
 ]
 
