@@ -3,9 +3,11 @@
 Mania et al., "Simple random search provides a competitive approach to reinforcement learning" (arXiv:1803.07055). The
 update is plain gradient descent on an antithetic estimate whose values are divided by their deviation: a step of
 2 sigma alpha makes it that of the paper. The better half of the directions count (V1-t); for InvertedPendulum-v5
-observations are normalized by all that were seen before (V2-t). On the seeds 100 to 102 Swimmer-v5 missed its target
-twice with all of 4 directions and sigma = alpha = 0.1, and never with these settings. Every episode of training counts, the one at the
+observations are normalized by all that were seen before (V2-t). Every episode of training counts, the one at the
 parameters themselves included; the paper's method has no such episode.
+
+The settings are the best of a few on the seeds from 100 on. There Swimmer-v5 missed its target twice in three with all
+of 4 directions and sigma = alpha = 0.1, and InvertedPendulum-v5 once in 16 with sigma = 0.3; with these none did. Of the seeds 3 to 34, tried once afterwards, InvertedPendulum-v5 missed it once.
 """
 
 import functools
@@ -52,7 +54,7 @@ class Task:
 
 TASKS = [
     Task("Swimmer-v5", 8, 2, 8, 4, 0.3, 0.3, False, 325, 300, 3, 2, "80, 160, 240 (numpy); paper 100"),
-    Task("InvertedPendulum-v5", 4, 1, 8, 4, 0.3, 0.3, True, 1000, 150, 3, 1, "80 (numpy)"),
+    Task("InvertedPendulum-v5", 4, 1, 8, 4, 0.3, 0.6, True, 1000, 150, 3, 1, "80 (numpy)"),
 ]
 
 
