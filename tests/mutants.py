@@ -348,6 +348,13 @@ MUTANTS = [
         "self.squares + other.squares",
         ("test_contrib_rl.py",),
     ),
+    Mutant(
+        "the surrogate's factor is fitted to the directions it is used with",
+        "_surrogate.py",
+        "= (second.factor(), first.factor())",
+        "= (first.factor(), second.factor())",
+        ("test_surrogate.py",),
+    ),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -202,6 +203,16 @@ def raises():
 
 def one_raises(rank, folder):
     return failing(rank, on_rank(1, rank, raises))
+
+
+def one_drops(rank, folder):
+    """The gradient of a function that fails at some points of one rank's slice, which the policy leaves out."""
+    settings = {"num_samples": 6, "method": "antithetic", "seed": 3, "failures": zograd.failures.Drop(min_success=0.1)}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fn = zero_order(**settings, evaluator=Distributed(timeout=TIMEOUT))(on_rank(1, rank, raises))
+        result = fn.estimate(X)
+    return {"grad": result.grad, "coefficients": result.coefficients.isnan().sum(), "warned": len(seen)}
 
 
 def one_exits(rank, folder):

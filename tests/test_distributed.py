@@ -175,6 +175,13 @@ def test_what_leaves_the_group_whole(ranks, count):
     assert len({result[1] for result in got["one_is_not_finite"]}) == 1
 
 
+def test_what_fails_on_one_rank_is_left_out_on_all(ranks):
+    first, second = ranks(rank_cases.one_drops, 2)
+    assert_equal(first, second)
+    assert first["warned"] == 1
+    assert torch.isfinite(first["grad"]).all()
+
+
 @two_and_three
 def test_a_rank_dies(ranks, count):
     results = ranks(rank_cases.one_dies, count)

@@ -4,19 +4,23 @@ Gradients of functions that have none to give (simulators, metrics, discrete cho
 values alone, so that ``loss.backward()`` and every optimizer of PyTorch work as usual.
 """
 
-from zograd import distributions, evaluators, nn, optim, schemes, shaping
+from zograd import distributions, evaluators, failures, nn, optim, schemes, shaping
 from zograd._options import Options
 from zograd._random import current_seed, current_seeds
 from zograd._versions import __version__, show_versions
 from zograd.decorator import ZeroOrderFunction, zero_order
 from zograd.errors import (
     BudgetExceeded,
+    DeterminismError,
+    EvaluationError,
+    EvaluationTimeout,
     JournalError,
     NonFiniteError,
     RankError,
     ReplayError,
     SecondDerivativeError,
     SharedStreamError,
+    WorkerError,
     ZeroOrderWarning,
 )
 from zograd.estimator import Estimate
@@ -38,6 +42,7 @@ __all__ = [  # noqa: RUF022 - grouped as the reader meets them
     # the axes
     "distributions",
     "evaluators",
+    "failures",
     "schemes",
     "shaping",
     "ANTITHETIC",
@@ -53,12 +58,16 @@ __all__ = [  # noqa: RUF022 - grouped as the reader meets them
     "ZeroOrderFunction",
     # what goes wrong
     "BudgetExceeded",
+    "DeterminismError",
+    "EvaluationError",
+    "EvaluationTimeout",
     "JournalError",
     "NonFiniteError",
     "RankError",
     "ReplayError",
     "SecondDerivativeError",
     "SharedStreamError",
+    "WorkerError",
     "ZeroOrderWarning",
     # about the package
     "__version__",

@@ -66,7 +66,7 @@ class Plan:
             leaves[position] = tensors[k].detach().requires_grad_() if tensors[k].requires_grad else tensors[k]
         params = tuple([tensors[i].detach() for i in setup.chosen])
         arguments = Arguments(self.arguments.form, self.arguments.spec, leaves, self.arguments.chosen)
-        objective = Objective(self.fn, arguments, params, self.habits)
+        objective = Objective(self.fn, arguments, params, self.habits, setup.recipe.failures)
         with Tally(objective.name, setup.recipe.evaluations) as tally:  # before the draw, which an error must not cost
             objective.counted = tally.count if tally.trackers else None
             seed = draw_seed(setup.seed, setup.generator)

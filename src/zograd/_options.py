@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zograd._surrogate import refusal
 from zograd._tree import numbers
 from zograd.distributions.adapter import adapt
 from zograd.evaluators import EVALUATORS, Evaluator
+from zograd.failures import Drop, Retry, dropping
 from zograd.schemes import SCHEMES, Scheme
 from zograd.shaping import check_shaping
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zograd.distributions.base import Distribution
+    from zograd.failures import Failures
     from zograd.shaping import Shaping
 
 __all__ = ["Options"]
@@ -38,6 +43,7 @@ class Options:
         batch_dim: the dimension of independent slices.
         generator: where each call's seed is drawn from.
         seed: the seed of every call.
+        surrogate: a differentiable approximation of ``fn``.
     """
 
     distribution: Distribution
@@ -47,10 +53,11 @@ class Options:
     sigma: Any
     evaluator: Evaluator
     shaping: Shaping | None
-    failures: str
+    failures: Failures
     batch_dim: int | None
     generator: torch.Generator | None
     seed: int | None
+    surrogate: Callable[..., Any] | None = None
     call: str = "zero_order"
 
     @classmethod
@@ -139,6 +146,13 @@ class Options:
                 f"`distribution=Coordinate()` has and {self.distribution} does not."
             )
         self._check_differences()
+        if self.surrogate is not None and dropping(self.failures) is not None:
+            raise ValueError(
+                f"`{self.call}(surrogate=..., failures={self.failures})`: the halves of the directions that a "
+                "surrogate compares must be whole: use `Retry`, or no surrogate."
+            )
+        if self.surrogate is not None and (reason := refusal(self.distribution, self.shaping, self.batch_dim)):
+            raise ValueError(f"`{self.call}(surrogate=...)` has no unbiased estimate here: {reason}.")
         if self.shaping is not None:
             name = getattr(self.shaping, "__name__", self.shaping)
             typed = f"`{self.call}(shaping={name}, num_samples={self.num_samples}, method={self.method})`"
@@ -252,10 +266,20 @@ def _shaping(value: Any, typed: str, call: str) -> Shaping | None:
     return value  # type: ignore[no-any-return]
 
 
-def _failures(value: Any, typed: str, call: str) -> str:
-    if value != "raise":
-        raise ValueError(f"{typed} must be 'raise', got {value!r}.")
-    return "raise"
+def _surrogate(value: Any, typed: str, call: str) -> Callable[..., Any] | None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{typed} must be None or a function of what `fn` takes, got {type(value).__name__} {value!r}.")
+    return value  # type: ignore[no-any-return]
+
+
+def _failures(value: Any, typed: str, call: str) -> Failures:
+    if isinstance(value, (Retry, Drop)):
+        return value
+    if isinstance(value, type) and issubclass(value, (Retry, Drop)):
+        raise TypeError(f"{typed} must be an instance, got the class {value.__name__}: add `()`.")
+    if not isinstance(value, str) or value != "raise":
+        raise ValueError(f"{typed} must be 'raise', a Retry or a Drop of `zograd.failures`, got {value!r:.80}.")
+    return value
 
 
 def _batch_dim(value: Any, typed: str, call: str) -> int | None:
@@ -294,4 +318,5 @@ _CHECKS: dict[str, Any] = {
     "batch_dim": _batch_dim,
     "generator": _generator,
     "seed": _seed,
+    "surrogate": _surrogate,
 }

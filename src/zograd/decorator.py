@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from zograd.distributions.adapter import DistributionLike
     from zograd.estimator import Estimate
     from zograd.evaluators.base import Evaluator
+    from zograd.failures import Failures
     from zograd.schemes import Scheme
     from zograd.shaping import Shaping
 
@@ -211,6 +212,8 @@ class ZeroOrderFunction(Generic[P]):
                 tuple(radii[i] for i in chosen),
                 o.evaluator,
                 o.shaping,
+                o.surrogate,
+                o.failures,
             ),
             space=space,
             lost=_lost_gradient(arguments),
@@ -346,10 +349,11 @@ def zero_order(
     *,
     evaluator: str | Evaluator = "loop",
     shaping: Shaping | None = None,
-    failures: str = "raise",
+    failures: Failures = "raise",
     batch_dim: int | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
+    surrogate: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[P, Any]], ZeroOrderFunction[P]]:
     r"""Give a function a gradient from its values alone.
 
@@ -376,11 +380,17 @@ def zero_order(
         evaluator: ``"loop"`` (any ``fn``), ``"vmap"`` (many directions at once, for torch operations),
             ``"batched"`` (``fn`` takes a leading axis of parameter sets), or an instance.
         shaping: a function of all values at once, such as :func:`~zograd.shaping.leave_one_out`.
-        failures: ``"raise"``: an evaluation that fails or is not finite raises.
+        failures: what it means if ``fn`` raises at a point or its value there is not finite: ``"raise"``, a
+            :class:`~zograd.failures.Retry` or a :class:`~zograd.failures.Drop`.
         batch_dim: ``fn`` maps the slices along this dimension independently, and each gets a direction and coefficient
             of its own. Check it with :func:`zograd.check_slices`: the gradient is wrong if ``fn`` mixes slices.
         generator: where the seed of each call is drawn from; torch's global stream otherwise, one draw a call.
         seed: the seed of every call: the same directions each time, for line searches and gradcheck.
+        surrogate: a differentiable approximation h of ``fn``, of the same arguments: a coarse simulator, a soft
+            version, a learned emulator. It takes noise off and leaves the mean what it is, however wrong h is: the
+            estimate becomes the mean of :math:`a \nabla h` at the same points plus the estimate for ``fn - a h``, with
+            a factor a fitted to the values, so that a bad h costs little. One evaluation of h with its gradient for
+            each point; for Gaussian marginals and an ``fn`` of one value.
 
     Returns:
         A decorator. What it returns also has ``estimate(...)``, ``options`` and ``replace(...)``.
@@ -418,6 +428,7 @@ def zero_order(
         batch_dim=batch_dim,
         generator=generator,
         seed=seed,
+        surrogate=surrogate,
     )
 
     def decorate(fn: Callable[P, Any], /, *args: Any, **kwargs: Any) -> ZeroOrderFunction[P]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 __all__ = [
     "BudgetExceeded",
+    "DeterminismError",
+    "EvaluationError",
+    "EvaluationTimeout",
     "JournalError",
     "NonFiniteError",
     "RankError",
     "ReplayError",
     "SecondDerivativeError",
     "SharedStreamError",
+    "WorkerError",
     "ZeroOrderWarning",
 ]
 
@@ -44,3 +48,19 @@ class JournalError(RuntimeError):
 
 class RankError(RuntimeError):
     """Ranks of torch.distributed have no estimate in common: one failed, died, or disagrees with the others."""
+
+
+class EvaluationError(RuntimeError):
+    """``fn`` raised at a point of an estimate; what it raised is the cause."""
+
+
+class EvaluationTimeout(EvaluationError):
+    """An evaluation took longer than :class:`zograd.evaluators.Pool` allows, and was given up."""
+
+
+class WorkerError(RuntimeError):
+    """A worker of :class:`zograd.evaluators.Pool` died, or something could not be sent to it or come back."""
+
+
+class DeterminismError(RuntimeError):
+    """A worker makes other directions or points from the same seed, so its values belong to another estimate."""

@@ -21,11 +21,13 @@ import torch
 
 from zograd._contraction import Contraction, contract, weigh
 from zograd._curvature import by_direction, differences, hessian_product, refusal, refused
-from zograd._error_bars import ErrorBars
+from zograd._error_bars import ErrorBars, Groups, compared, spread
 from zograd._points import Directions, Points
 from zograd._random import FnStream
+from zograd._surrogate import ControlVariate, Surrogate
 from zograd._tree import same_structure, take_apart
-from zograd.errors import NonFiniteError, SecondDerivativeError, ZeroOrderWarning
+from zograd.errors import EvaluationError, NonFiniteError, SecondDerivativeError, ZeroOrderWarning
+from zograd.failures import dropping
 from zograd.shaping import centered_ranks, leave_one_out, standardize
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from zograd._tree import Leaves, Space
     from zograd.distributions.base import Distribution
     from zograd.evaluators.base import Evaluator, Piece
+    from zograd.failures import Drop, Failures
     from zograd.schemes import Scheme
     from zograd.shaping import Shaping
 
@@ -55,6 +58,8 @@ class Recipe:
     sigma: tuple[float, ...]  # one a differentiated leaf
     evaluator: Evaluator
     shaping: Shaping | None = None
+    surrogate: Callable[..., Any] | None = None
+    failures: Failures = "raise"
 
     @property
     def evaluations(self) -> int:
@@ -83,13 +88,28 @@ class Evidence:
         self.recipe = recipe
         self._pieces = pieces
         self._center = center
+        self.control: ControlVariate | None = None  # the part of a surrogate
 
     def differences(self, directions: Directions) -> torch.Tensor:
         """The second difference along each direction, float64 of shape (N, *out), the mean of the others removed."""
-        return differences(self.recipe.scheme, directions, _joined(self._pieces), self._center)
+        values, alive = _joined(self._pieces), self.alive
+        if alive is None:
+            return differences(self.recipe.scheme, directions, values, self._center)
+        if not directions.distribution.independent:
+            raise SecondDerivativeError(
+                refused(f"directions were dropped, and those of {directions.distribution} depend on each other")
+            )
+        return _spread(differences(self.recipe.scheme, directions, values[alive], self._center), alive)
+
+    @cached_property
+    def alive(self) -> torch.Tensor | None:
+        """Which directions were not dropped; None for all."""
+        alive = _alive(_joined(self._pieces)).cpu()
+        return None if bool(alive.all()) else alive
 
     def reshaped(self, kept: torch.Tensor) -> torch.Tensor:
         """The coefficients that a shaping makes of the values of some directions alone, zero at the others."""
+        kept = kept if self.alive is None else kept & self.alive
         rows = torch.zeros(len(kept), 1, dtype=torch.float64)
         rows[kept, 0] = _shaped(_joined(self._pieces)[kept], self._center, self.recipe).cpu()
         return rows
@@ -104,7 +124,7 @@ class Estimate:
         directions: the directions, made again when asked for.
         sigma: the smoothing radius of each differentiated leaf.
         seed: what the directions are a function of.
-        evaluations: points evaluated, the center included.
+        evaluations: points evaluated, the center and retries included.
         failures: evaluations that failed and were dealt with by a policy.
     """
 
@@ -299,9 +319,13 @@ class Estimate:
                 f"{typed} knows no error of `shaping={getattr(shaping, '__name__', shaping)}`, which makes directions "
                 "depend on each other: use `shaping=None` to see how good the gradient is."
             )
-        rows = by_direction(self.coefficients, self.directions.space)
-        only = None if shaping in (None, leave_one_out) else self._evidence.reshaped
-        return ErrorBars(self.directions, self.sigma, rows, self._flat, typed, only)
+        groups = Groups(self.directions, self.sigma, self._evidence.alive)
+        groups.check(typed)
+        if self._evidence.control is not None:
+            return self._evidence.control.error_bars()
+        if shaping in (None, leave_one_out):
+            return spread(groups, by_direction(self.coefficients, self.directions.space), self._flat)
+        return compared(groups, self._evidence.reshaped, self._flat)
 
     def _tree(self, flat: torch.Tensor) -> Any:
         space = self.directions.space
@@ -331,6 +355,7 @@ def estimate(
 
     Raises:
         NonFiniteError: if a value is nan or infinite.
+        EvaluationError: if ``fn`` raises at a point, or too few directions survive.
         ValueError: if the evaluator's values do not fit together.
     """
     warn_below_resolution(objective.params, recipe.sigma, "zero_order")
@@ -340,6 +365,8 @@ def estimate(
     with torch.enable_grad(), FnStream(seed, space.device, shared=recipe.scheme.uses_center) as objective.stream:
         try:
             coefficients, flat, evidence = _run(objective, recipe, points)
+            if recipe.surrogate is not None:
+                flat = _controlled(recipe.surrogate, objective, points, _joined(coefficients), evidence)
         finally:
             objective.stream = None
     objective.commit()
@@ -349,7 +376,7 @@ def estimate(
         sigma=recipe.sigma,
         seed=seed,
         evaluations=1 + len(directions) * len(points.sides) + objective.repeated,
-        failures=0,
+        failures=objective.failures,
         _coefficients=coefficients,
         _flat=flat,
         _evidence=evidence,
@@ -396,14 +423,18 @@ def _run(
         contraction = Contraction(points.directions, recipe.sigma) if center.numel() == space.slices else None
         kept: list[Coefficients] = []
         seen: list[Piece] = []
-        hi = 0
+        hi = lost = 0
+        drop = dropping(recipe.failures)
         for piece in _whole(pieces, points, center):
             lo, hi = hi, hi + len(piece)
             coefficients = _combine(recipe.scheme, piece, center)
             if not _all_finite(coefficients):  # a value that is not finite makes its coefficient so
-                raise _not_finite(_values(piece), lo, sides, objective.name)
+                if drop is None:
+                    raise _not_finite(_values(piece), lo, sides, objective.name)
+                lost += int((~_alive(_values(piece))).sum())
+                _check_survivors(drop, lost, len(points), objective.name)
             seen.append(piece)
-            if recipe.shaping:
+            if recipe.shaping or drop:
                 continue
             kept.append(coefficients)
             if contraction is not None:
@@ -411,8 +442,10 @@ def _run(
     finally:
         if isinstance(pieces, Generator):  # let it clean up now, not when it is collected
             pieces.close()
-    if recipe.shaping:
-        kept = [_shaped(_joined(seen), center, recipe)]
+    if recipe.shaping or drop:
+        kept = [_survivors(_joined(seen), center, recipe)]
+        if lost:
+            _warn_of_dropped(lost, len(points), objective.name)
         if contraction is not None:
             contraction.add(kept[0])
     evidence = Evidence(recipe, seen, center)
@@ -421,6 +454,26 @@ def _run(
     flat = contraction.result()
     check_gradient(flat)
     return kept, flat, evidence
+
+
+def _controlled(
+    surrogate: Callable[..., Any],
+    objective: Objective,
+    points: Points,
+    coefficients: torch.Tensor,
+    evidence: Evidence,
+) -> torch.Tensor:
+    """The flat gradient with the surrogate's part, from which the evidence tells its error."""
+    if coefficients.dim() > 1:
+        raise ValueError(
+            "`zero_order(surrogate=...)` is for objectives of one value, got the shape "
+            f"{tuple(coefficients.shape[1:])} from {objective.name}."
+        )
+    recipe = evidence.recipe
+    approximation = Surrogate(surrogate, objective, points, recipe.evaluator)
+    evidence.control = ControlVariate(approximation, points, recipe.scheme, coefficients.cpu())
+    check_gradient(evidence.control.mean)
+    return evidence.control.mean
 
 
 def _combine(scheme: Scheme, piece: Piece, center: torch.Tensor) -> Coefficients:
@@ -464,6 +517,44 @@ def _whole(pieces: Iterator[Piece], points: Points, center: torch.Tensor) -> Ite
         yield piece
     if seen < len(points):
         raise ValueError(f"the evaluator must yield {len(points)} directions of values, got {seen}.")
+
+
+def _alive(values: torch.Tensor) -> torch.Tensor:
+    """Which directions have finite values only."""
+    return torch.isfinite(values).flatten(1).all(dim=1)
+
+
+def _spread(rows: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+    """Rows of the survivors among all, such that the mean over all is that over the survivors."""
+    out = rows.new_zeros((len(alive), *rows.shape[1:]))
+    out[alive] = rows * (len(alive) / len(rows))
+    return out
+
+
+def _survivors(values: torch.Tensor, center: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """The coefficients of directions whose values are finite, the others' being zero."""
+    alive = _alive(values)
+    whole = bool(alive.all())
+    rows = values if whole else values[alive]
+    rows = _shaped(rows, center, recipe) if recipe.shaping else recipe.scheme.combine(rows, center)
+    return rows if whole else _spread(rows, alive)
+
+
+def _check_survivors(drop: Drop, lost: int, num: int, name: str) -> None:
+    if num - lost < max(1, drop.min_success * num):
+        raise EvaluationError(
+            f"`Drop(min_success={drop.min_success:g})`: of {num} directions of {name} {lost} failed already, so that "
+            f"fewer than {drop.min_success:.0%} can survive. The estimate was stopped."
+        )
+
+
+def _warn_of_dropped(lost: int, num: int, name: str) -> None:
+    warnings.warn(
+        f"{lost} of {num} directions were dropped since an evaluation of {name} failed; the gradient is the mean over "
+        "the others. It is biased if failure depends on the point: see `zograd.failures.Drop`.",
+        ZeroOrderWarning,
+        stacklevel=2,
+    )
 
 
 def _shaped(values: torch.Tensor, center: torch.Tensor, recipe: Recipe) -> torch.Tensor:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zograd.distributions.adapter import DistributionLike
     from zograd.estimator import Estimate
     from zograd.evaluators.base import Evaluator
+    from zograd.failures import Failures
     from zograd.schemes import Scheme
     from zograd.shaping import Shaping
 
@@ -64,6 +65,12 @@ class _ModuleFunction:
             raise watch.error
         self._watched = True
         return out
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As the module was before the center, with the parameters that are differentiated, for another process."""
+        module = self._frozen()
+        parameters = {id(p): p for p in module.parameters()}
+        return _ModuleFunction, (module, {name: parameters[identity] for identity, name in self._names.items()})
 
     def at_center(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """Evaluate as one plain call, whose traces :meth:`commit` leaves on the module."""
@@ -312,7 +319,7 @@ class ZeroOrder(_ZeroOrderModule):
         *,
         evaluator: str | Evaluator = "loop",
         shaping: Shaping | None = None,
-        failures: str = "raise",
+        failures: Failures = "raise",
         generator: torch.Generator | None = None,
         seed: int | None = None,
     ) -> None:
