@@ -70,7 +70,7 @@ def train(seed, evaluator="loop", updates=None, bar=None):
             loss(params).backward()
             optimizer.step()
             update += 1
-            if update % 5 == 0 and not updates:
+            if not updates and (update % 5 == 0 or episodes.steps >= BUDGET):
                 trained, detached = episodes.steps, [p.detach() for p in params]
                 tested = sum(episodes.returns(detached, TESTS)) / len(TESTS)
                 episodes.steps = trained

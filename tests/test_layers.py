@@ -39,6 +39,7 @@ LEVELS = [
     ("L4.1", ["_curvature", "_error_bars"]),
     ("L4.1", ["evaluators.loop", "evaluators.vmap", "evaluators.batched", "evaluators.pool"]),
     ("L4.2", ["evaluators._exchange", "evaluators._inner"]),
+    ("L4.2", ["evaluators._reports"]),
     ("L4.2", ["evaluators.distributed", "evaluators.journal"]),
     ("L4.3", ["evaluators"]),
     ("L4.4", ["_surrogate"]),

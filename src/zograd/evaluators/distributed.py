@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import itertools
 import math
-import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +13,7 @@ from zograd._versions import __version__
 from zograd.errors import RankError, ReplayError
 from zograd.evaluators._exchange import Exchange
 from zograd.evaluators._inner import as_evaluator
+from zograd.evaluators._reports import Report, Share, gather
 from zograd.evaluators.base import Evaluator
 
 if TYPE_CHECKING:
@@ -111,9 +108,9 @@ class Distributed(Evaluator):
                 "rank. Draw from torch's random functions in `sample`."
             )
         _agree(exchange, points, lo, hi, center)
-        share = _Share.of(exchange, lo, hi)
+        share = Share.of(exchange, lo, hi)
         report = _evaluate(self.inner, fn, points, share, center)
-        first, values = _gather(exchange, share, report, fn.name, len(points.sides), center)
+        first, values = gather(exchange, share, report, fn.name, len(points.sides), center)
         fn.repeated -= (hi - lo - share.mine) * len(points.sides)
         if center:
             fn.recall(first.to(fn.value))
@@ -126,58 +123,6 @@ class Distributed(Evaluator):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distributed:
         return Distributed(self.group, copy.deepcopy(self.inner, memo), self.timeout)  # a group has no copies
-
-
-@dataclass(frozen=True)
-class _Share:
-    """Which directions each rank evaluates: rank r those from ``cuts[r]`` to ``cuts[r + 1]``."""
-
-    cuts: tuple[int, ...]
-    index: int
-
-    @classmethod
-    def of(cls, exchange: Exchange, lo: int, hi: int) -> _Share:
-        """As many for each rank, or one less."""
-        ranks = len(exchange.ranks)
-        return cls(tuple(lo + r * (hi - lo) // ranks for r in range(ranks + 1)), exchange.index)
-
-    @property
-    def counts(self) -> list[int]:
-        """Directions by rank."""
-        return [b - a for a, b in itertools.pairwise(self.cuts)]
-
-    @property
-    def mine(self) -> int:
-        """Directions of this rank."""
-        return self.counts[self.index]
-
-
-@dataclass(frozen=True)
-class _Report:
-    """What became of a rank's evaluations: float64 values, the center's first, or an exception."""
-
-    shape: torch.Size
-    values: torch.Tensor
-    failure: BaseException | None = None
-
-    _HEAD = struct.Struct("<?q1000s")  # failed, numbers a value, the shape or the failure as text
-
-    @property
-    def text(self) -> str:
-        """The failure, or the shape of a value."""
-        failure = self.failure
-        return str(tuple(self.shape)) if failure is None else f"{type(failure).__name__}: {failure}"
-
-    def head(self) -> bytes:
-        """A fixed number of bytes."""
-        text = self.text.encode(errors="replace")[:1000]
-        return self._HEAD.pack(self.failure is not None, self.shape.numel(), text)
-
-    @classmethod
-    def read(cls, data: bytes) -> tuple[bool, int, str]:
-        """Whether a rank failed, how many numbers its values have, and the text."""
-        failed, numel, text = cls._HEAD.unpack_from(data)
-        return failed, numel, text.rstrip(b"\0").decode(errors="replace")
 
 
 def _agree(exchange: Exchange, points: Points, lo: int, hi: int, center: bool) -> None:
@@ -205,7 +150,7 @@ def _agree(exchange: Exchange, points: Points, lo: int, hi: int, center: bool) -
             )
 
 
-def _evaluate(inner: Evaluator, fn: Objective, points: Points, share: _Share, center: bool) -> _Report:
+def _evaluate(inner: Evaluator, fn: Objective, points: Points, share: Share, center: bool) -> Report:
     """The values of this rank's slice."""
     lo, hi = share.cuts[share.index : share.index + 2]
     values: list[torch.Tensor] = []
@@ -219,65 +164,5 @@ def _evaluate(inner: Evaluator, fn: Objective, points: Points, share: _Share, ce
         if flat.numel() != wanted:
             raise ValueError(f"the inner evaluator must yield {wanted} numbers, got {flat.numel()}.")
     except (Exception, SystemExit) as error:  # what it is, the others decide with this rank
-        return _Report(torch.Size(), torch.empty(0, dtype=torch.float64, device="cpu"), error)
-    return _Report(fn.shape, flat)
-
-
-def _gather(
-    exchange: Exchange, share: _Share, report: _Report, name: str, sides: int, center: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The center's value on the first rank, and the values of all directions in order.
-
-    One message carries what became of each rank and one number a point. Only when that shows that ``fn`` returns
-    several numbers, of which no rank can know before, the values come in a second one.
-
-    Returns:
-        Float64 tensors of shape ``(*out)`` and ``(directions, sides, *out)``.
-    """
-    points, shape = 1 + max(share.counts) * sides, report.shape  # of the largest slice
-    single = shape.numel() == 1
-    replies = exchange.gather(report.head() + _padded(report.values if single else None, points))
-    _check_reports(exchange, [_Report.read(reply) for reply in replies], report, name)
-    if single:
-        data = [reply[-8 * points :] for reply in replies]
-    else:
-        data = exchange.gather(_padded(report.values, points * shape.numel()))
-    rows = [_unpacked(part).view(points, *shape) for part in data]
-    begin = int(center)
-    parts = [row[begin : begin + count * sides] for row, count in zip(rows, share.counts, strict=True)]
-    return rows[0][0], torch.cat(parts).view(sum(share.counts), sides, *shape)
-
-
-def _check_reports(exchange: Exchange, heads: list[tuple[bool, int, str]], report: _Report, name: str) -> None:
-    failed = [r for r, head in enumerate(heads) if head[0]]
-    if failed:
-        texts = {heads[r][2] for r in failed}
-        if len(failed) == len(heads) and len(texts) == 1 and report.failure is not None:
-            raise report.failure  # as in one process
-        text = heads[failed[0]][2]
-        more = "" if len(failed) == 1 else f" on {exchange.name(failed[:1])}"
-        raise RankError(f"`Distributed`: {name} failed on {exchange.name(failed)}. It raised{more} {text}") from (
-            report.failure
-        )
-    others = [r for r, head in enumerate(heads) if head[1:] != heads[0][1:]]
-    if others:
-        raise RankError(
-            f"`Distributed`: {name} must return one shape on all ranks, got {heads[others[0]][2]} on "
-            f"{exchange.name(others[:1])} and {heads[0][2]} on {exchange.name([0])}."
-        )
-
-
-def _padded(values: torch.Tensor | None, count: int) -> bytes:
-    """Float64 values as bytes, with zeros up to so many values."""
-    if values is None or not values.numel():
-        return bytes(8 * count)
-    values = values.contiguous()
-    return ctypes.string_at(values.data_ptr(), 8 * values.numel()).ljust(8 * count, b"\0")
-
-
-def _unpacked(data: bytes) -> torch.Tensor:
-    return (
-        torch.frombuffer(bytearray(data), dtype=torch.float64)
-        if data
-        else torch.empty(0, dtype=torch.float64, device="cpu")
-    )
+        return Report(torch.Size(), torch.empty(0, dtype=torch.float64, device="cpu"), error)
+    return Report(fn.shape, flat)
