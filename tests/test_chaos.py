@@ -10,7 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "chaos"
 SHORT = {"counted": 200, "untouched": 120, "killed": 8, "damaged": 120, "bad_inputs": 200}
-SHORT |= {"same_bits": 60, "faults": 5, "soak": 2000, "wire": 40}
+SHORT |= {"same_bits": 60, "faults": 5, "soak": 2000, "wire": 40, "ranks": 15}
 
 
 @pytest.mark.slow

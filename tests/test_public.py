@@ -152,6 +152,7 @@ def test_options_are_frozen():
         (zograd.BudgetExceeded, RuntimeError),
         (zograd.JournalError, RuntimeError),
         (zograd.NonFiniteError, ValueError),
+        (zograd.RankError, RuntimeError),
         (zograd.ReplayError, RuntimeError),
         (zograd.SecondDerivativeError, NotImplementedError),
         (zograd.SharedStreamError, RuntimeError),
