@@ -1,10 +1,13 @@
 """Shaping: pure functions of the values."""
 
+import pickle
+
 import pytest
 import torch
 
 from zograd import NonFiniteError, Scheme, zero_order
-from zograd.shaping import leave_one_out
+from zograd.distributions import Gaussian
+from zograd.shaping import centered_ranks, leave_one_out, standardize, top_directions
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (5, 1), (7, 2), (4, 4)])
@@ -109,3 +112,95 @@ def test_values_are_checked_before_they_are_shaped():
     with pytest.raises(NonFiniteError, match="non-finite"):
         spoiled.estimate(x)
     assert not calls
+
+
+# ------------------------------------------------------------------------------------------ ranks, deviations, the best
+
+
+def test_centered_ranks_are_even_and_give_equal_values_the_mean_of_their_ranks():
+    values = torch.tensor([[3.0, 1.0], [3.0, 9.0], [3.0, -1.0]], dtype=torch.float64)
+    expected = torch.tensor([[3, 1], [3, 5], [3, 0]], dtype=torch.float64) / 5 - 0.5  # ranks 2, 3 and 4 share 3
+    torch.testing.assert_close(centered_ranks(values), expected)
+    assert float(centered_ranks(torch.randn(50, 2)).sum()) == pytest.approx(0, abs=1e-12)
+    several = torch.randn(40, 2).double()
+    numbers = several.flatten().argsort().argsort().double() / 79 - 0.5
+    torch.testing.assert_close(centered_ranks(several).flatten(), numbers)
+
+
+@pytest.mark.parametrize("shaping", [centered_ranks, standardize, top_directions(3), top_directions(3, largest=True)])
+@pytest.mark.parametrize("level", [0.0, 0.1, 1e12])
+def test_equal_values_give_exactly_zero(shaping, level):
+    assert not shaping(torch.full((7, 2), level, dtype=torch.float64)).any()
+    flat = zero_order(**options(method="antithetic", shaping=shaping))(lambda x: 0 * x.sum() + level)
+    assert not flat.estimate(x).grad.any()
+
+
+def test_standardize_has_mean_zero_and_deviation_one():
+    shaped = standardize(torch.randn(9, 2, dtype=torch.float64) * 7 + 1e3)
+    torch.testing.assert_close(shaped.mean(), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(shaped.std(correction=0), torch.ones((), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("largest", [False, True])
+def test_top_directions_is_the_update_of_ars(largest):
+    """Algorithm 2 of the paper, written out: the mean over the k best of the difference, over the deviation."""
+    values = torch.randn(8, 2, dtype=torch.float64)
+    eps = torch.randn(8, 3, dtype=torch.float64)
+    sign = 1 if largest else -1
+    order = sorted(range(8), key=lambda i: max(sign * values[i]), reverse=True)[:3]
+    used = values[order]
+    expected = sum((used[m, 0] - used[m, 1]) * eps[i] for m, i in enumerate(order)) / (3 * used.std(correction=0))
+    shaped = top_directions(3, largest=largest)(values)
+    torch.testing.assert_close((shaped[:, :1] - shaped[:, 1:]).mul(eps).mean(dim=0), expected)
+
+
+def test_ranks_are_blind_to_monotone_transformations_and_to_the_size():
+    """What the documentation says they change."""
+    ranked = zero_order(**options(method="antithetic", shaping=centered_ranks))
+    grad = ranked(fn).estimate(x).grad
+    torch.testing.assert_close(ranked(lambda x: 100 * (fn(x) / 40).exp()).estimate(x).grad, grad, rtol=0, atol=0)
+    scaled = zero_order(**options(method="antithetic", shaping=standardize))
+    once, hundred = scaled(fn).estimate(x).grad, scaled(lambda x: 100 * fn(x)).estimate(x).grad
+    torch.testing.assert_close(once, hundred)
+
+
+def test_the_rank_estimate_points_along_a_linear_gradient_whatever_its_size():
+    """Its mean is a / |a| times a number of N alone; off the axis it is noise of 20 000 directions, z < 5 in each."""
+    a = torch.tensor([3.0, 0.0, 0.0], dtype=torch.float64)
+    ranked = zero_order(Gaussian(), "antithetic", num_samples=20_000, shaping=centered_ranks, seed=1, evaluator="vmap")
+    small, large = (ranked(lambda x, k=k: k * (a @ x)).estimate(0 * x).grad for k in (1.0, 1e6))
+    torch.testing.assert_close(small, large, rtol=0, atol=0)
+    # u+ - u- is 2 Phi(z) - 1, z the direction's first entry: the mean of half of it times z is 1 / (2 sqrt(pi)).
+    torch.testing.assert_close(small, torch.tensor([0.28209, 0, 0]).double(), rtol=0, atol=5 * 0.29 / 141)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shaping": centered_ranks, "num_samples": 1, "method": "naive"}, "`num_samples` must be at least 2"),
+        ({"shaping": standardize, "num_samples": 1, "method": "forward"}, "`num_samples` must be at least 2"),
+        ({"shaping": top_directions(7)}, r"shaping=top_directions\(7\), num_samples=6.*k must not exceed"),
+        ({"shaping": top_directions(2), "method": "naive"}, "needs a scheme whose weights sum to zero"),
+    ],
+)
+def test_a_shaping_that_could_not_work_is_refused_before_anything_is_evaluated(settings, message):
+    with pytest.raises(ValueError, match=message):
+        zero_order(**options(**settings))
+
+
+@pytest.mark.parametrize(("k", "error"), [(0, ValueError), (True, TypeError), (2.0, TypeError)])
+def test_top_directions_keeps_a_whole_number(k, error):
+    with pytest.raises(error, match=r"`top_directions\(k=...\)` must be"):
+        top_directions(k)
+
+
+@pytest.mark.parametrize("shaping", [centered_ranks, standardize])
+def test_one_value_has_nothing_to_be_compared_with(shaping):
+    with pytest.raises(ValueError, match="there must be at least 2, got 1"):
+        shaping(torch.ones(1, 1))
+
+
+def test_top_directions_shows_itself_and_pickles():
+    shaping = top_directions(4, largest=True)
+    assert repr(shaping) == "top_directions(4, largest=True)"
+    assert pickle.loads(pickle.dumps(shaping)) == shaping
