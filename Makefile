@@ -41,12 +41,13 @@ chaos: $(VENV)/.stamp-tests  ## try to break it: faults, kills, damaged files, s
 demo: $(VENV)/.stamp-examples  ## run the quickstart example
 	$(RUN) examples/quickstart.py
 
-# Every example but the quickstart, which has a target and a README of its own; reproductions.py makes the page of them.
-EXAMPLES := $(filter-out quickstart reproductions,$(basename $(notdir $(wildcard examples/*.py))))
+# Those with a table, from which reproductions.py makes the page; the quickstart has a target of its own.
+EXAMPLES := $(filter-out quickstart check reproductions,$(basename $(notdir $(wildcard examples/*.py))))
 
 examples: $(VENV)/.stamp-examples  ## run all examples in full and make docs/reproductions.md (an hour)
 	@for name in $(EXAMPLES); do \
 		OMP_NUM_THREADS=1 $(RUN) examples/$$name.py --output docs/images/$$name.png || exit 1; done
+	$(RUN) examples/check.py --figure docs/images/check.png
 	$(RUN) examples/reproductions.py
 
 examples-quick: $(VENV)/.stamp-examples  ## run a smoke of each example (a minute)

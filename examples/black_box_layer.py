@@ -3,7 +3,7 @@
 Encoder and head are linear and train by backpropagation. The block maps each sample by itself, so that one estimate
 can take a direction of its own for every sample of the batch from the same calls: ``batch_dim=0``. Beside it stand one
 population over the whole batch, an encoder left as it was drawn, and, where the block has one, the straight-through
-estimator. Each method has the sigma that was best for it on the seeds 100 and 101.
+estimator. Each method has a sigma near its best of .1, .3, .6 and 1 on the seeds 100 and 101.
 """
 
 import torch

@@ -7,7 +7,7 @@
    (1+1) hill climb needs fewer evaluations, and autograd through the refit fewer still.
 3. A network of 2410 weights that autograd differentiates: an estimate takes of the order of d evaluations.
 
-Radii, rates and penalties are those that were best for each method on the seeds 100 to 107.
+Rates, penalties and the wide radius did best for each method, of a few, on seeds from 100 to 107.
 """
 
 import torch
