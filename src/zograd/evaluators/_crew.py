@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from zograd._threads import cores
 from zograd.errors import WorkerError
-from zograd.evaluators._worker import ping
+from zograd.evaluators._worker import ping, settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,6 +76,8 @@ class Crew:
                     f"`Pool(executor=...)`: the function must return an executor, got {type(executor).__name__} "
                     f"{executor!r:.80}."
                 )
+            if isinstance(executor, ProcessPoolExecutor) and getattr(executor, "_initializer", settle) is None:
+                executor._initializer = settle  # also for workers that never get a task
             try:
                 self.names = {executor.submit(ping).result()}
                 self.started = time.monotonic() - began

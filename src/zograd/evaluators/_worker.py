@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from zograd.distributions.base import Distribution
     from zograd.failures import Failures
 
-__all__ = ["CENTER_POINT", "Answer", "Job", "Parcel", "Task", "at_home", "fingerprint", "ping", "work"]
+__all__ = ["CENTER_POINT", "Answer", "Job", "Parcel", "Task", "at_home", "fingerprint", "ping", "settle", "work"]
 
 CENTER_POINT = -1
 _REMEMBERED = 2  # jobs whose parameters a process keeps
@@ -293,27 +293,27 @@ def _receive(key: bytes, parcel: Parcel | None) -> Job | None:
     job = _received[key] = parcel.open()
     while len(_received) > _REMEMBERED:
         _received.popitem(last=False)
-    _settle_in(job)
+    if job.modes.threads is not None and torch.get_num_threads() != job.modes.threads:
+        torch.set_num_threads(job.modes.threads)
+    if job.owned:
+        settle()
     return job
 
 
 _settled: list[int] = []  # the process that did; a fork has not
 
 
-def _settle_in(job: Job) -> None:
-    """What a worker process does once: take few threads, go with its parent, and be the head of its own children."""
+def settle() -> None:
+    """What a worker process of the pool's own does once: go with its parent, and be the head of its own children."""
     if _settled == [os.getpid()]:
         return
     _settled[:] = [os.getpid()]
-    if job.modes.threads is not None:
-        torch.set_num_threads(job.modes.threads)
-    if job.owned:
-        _own_group()
-        from multiprocessing import parent_process
+    _own_group()
+    from multiprocessing import parent_process
 
-        parent = parent_process()
-        if parent is not None or hasattr(os, "getppid"):
-            threading.Thread(target=_go_with, args=(parent,), name="zograd-parent", daemon=True).start()
+    parent = parent_process()
+    if parent is not None or hasattr(os, "getppid"):
+        threading.Thread(target=_go_with, args=(parent,), name="zograd-parent", daemon=True).start()
 
 
 def _own_group() -> None:
