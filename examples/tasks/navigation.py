@@ -4,6 +4,8 @@ Both tasks of the ES-MAML code: four corners, where a reward shows only within a
 anywhere in a square, where it shows everywhere.
 """
 
+import itertools
+
 import torch
 
 CORNERS = torch.tensor([[2.0, 2.0], [-2.0, 2.0], [-2.0, -2.0], [2.0, -2.0]])
@@ -11,12 +13,13 @@ WEIGHTS = 6  # of a linear policy: a matrix of 2 by 2, and 2 more
 STEPS, STRIDE = 100, 0.1
 
 
+@torch.no_grad()  # a simulator gives values and no gradients
 def walk(policies, box):
     """The places of every step; (..., 6) to (steps, ..., 2)."""
     flat = policies.reshape(-1, WEIGHTS)
     matrices, offsets = flat[:, :4].view(-1, 2, 2), flat[:, 4:].unsqueeze(1)
     path = torch.zeros(STEPS + 1, len(flat), 1, 2)
-    for here, there in zip(path, path[1:], strict=False):
+    for here, there in itertools.pairwise(path):
         stride = torch.baddbmm(offsets, here, matrices).tanh_().clamp_(-STRIDE, STRIDE)
         torch.add(here, stride, out=there).clamp_(-box, box)
     return path[1:].view(STEPS, *policies.shape[:-1], 2)
