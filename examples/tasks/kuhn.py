@@ -76,15 +76,3 @@ def self_improve(solver, policies, uniforms):
         policies = torch.cat([policies, response.unsqueeze(-3)], dim=-3)
         weights = solver(meta_game(policies))
         yield best_response(mixture(policies, weights))[1]
-
-
-def nash(games, rounds=1000):
-    """An equilibrium of each symmetric zero-sum game, by regret matching plus with linear averaging."""
-    regrets, total = torch.zeros(games.shape[:-1]), torch.zeros(games.shape[:-1])
-    for t in range(1, rounds + 1):
-        positive = regrets.sum(dim=-1, keepdim=True)
-        weights = torch.where(positive > 0, regrets / positive.clamp(min=1e-30), 1 / games.shape[-1])
-        payoff = (games @ weights.unsqueeze(-1)).squeeze(-1)  # against itself: the value of the game is zero
-        regrets = (regrets + payoff).clamp(min=0)
-        total = total + t * weights
-    return total / total.sum(dim=-1, keepdim=True)
