@@ -29,6 +29,7 @@ except ImportError as error:
     raise SystemExit(f"{error}: this example needs `python -m pip install matplotlib scipy`.") from error
 
 ROUNDS, MEASURED = 15, (5, 10, 15)
+AT = [k - 1 for k in MEASURED]
 SHAPES = [(1, 16), (1, 16), (32, 16), (1, 16), (16, 16), (1, 16), (16, 1)]
 # NashConv after 5, 10 and 15 responses by an implementation in numpy, on other populations.
 REFERENCE = {
@@ -74,8 +75,8 @@ def linear_program(payoffs):
 
 
 def ties_broken(payoffs):
-    weights = linear_program(payoffs)
-    return weights + 1e-5 * torch.rand_like(weights)
+    weights = linear_program(payoffs) + 1e-5 * torch.rand(payoffs.shape[:-1])
+    return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def uniform(payoffs):
@@ -103,9 +104,6 @@ def play(mix, populations, kind):
     roughness = torch.rand(ROUNDS, *populations, 4, 3, 2) if kind == "rough" else None
     history = kuhn.self_improve(mix, draws[..., 0] / draws.sum(dim=-1), roughness)
     return torch.stack([next(history) for _ in range(ROUNDS)])
-
-
-AT = [k - 1 for k in MEASURED]
 
 
 @zero_order(method="antithetic", num_samples=15, sigma=0.1, evaluator="batched")

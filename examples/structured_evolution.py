@@ -6,6 +6,9 @@ Hadamard matrix. First the mean squared error of one estimate beside its closed 
 whose curvatures go from 1 to 100. Then the evaluations that gradient descent spends there until the value is a
 thousandth of what it was, and on a policy of two Toeplitz matrices (30 weights) until its cost is 0.27, where doing
 nothing costs 1.15. Each kind of direction has its own rate, the best of one grid on the seeds 100 and 101.
+
+All three save most where there are as many directions as parameters. With 16 of 64 the saving on the quadratic (means
+over 12 seeds: 2,224 evaluations independent, 1,952 orthogonal, 1,921 Hadamard) is within the spread of three seeds.
 """
 
 import torch
