@@ -18,7 +18,7 @@ BENCH_RUN := $(BENCH)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 .DELETE_ON_ERROR:
 # Two pip runs at once would break the environment.
 .NOTPARALLEL:
-.PHONY: help setup test test-statistics mutants chaos demo bench bench-quick lint format types ci build clean FORCE
+.PHONY: help setup test test-statistics mutants chaos demo bench bench-statistics bench-quick lint format types ci build clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,9 @@ demo: $(VENV)/.stamp-examples  ## run the quickstart example
 
 bench: $(BENCH)/.stamp  ## compare speed and memory with other packages, in an environment of its own (10 minutes)
 	cd benchmarks && ../$(BENCH_RUN) compare.py && ../$(BENCH_RUN) memory.py && ../$(BENCH_RUN) fixed_cost.py
+
+bench-statistics: $(BENCH)/.stamp  ## count the evaluations that each direction family needs, beside other packages (30 minutes)
+	cd benchmarks && ../$(BENCH_RUN) evaluations.py
 
 bench-quick: $(BENCH)/.stamp  ## compare speed on the smaller workloads (2 minutes)
 	cd benchmarks && ../$(BENCH_RUN) compare.py --quick

@@ -67,7 +67,7 @@ def main():
                         "evaluator": journals[evaluator] if with_journal else evaluator,
                     }
                     zograd.zero_order(**settings)(fn).estimate(x, batched=evaluator == "batched")
-            except Down:
+            except (Down, zograd.EvaluationError):
                 counts["ended by an exception"] += 1
             wrong += tracker.evaluations - reported != fn.log["calls"]
             reported, fn.log["calls"], counts["estimates"] = tracker.evaluations, 0, k + 1

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+import zograd
 from statistical import flat, per_direction
-from zograd import zero_order
+from zograd import ZeroOrderWarning, zero_order
 from zograd.distributions import Coordinate, Gaussian, Hadamard, LowRank, Orthogonal, Rademacher, Sobol
 from zograd.shaping import centered_ranks, leave_one_out, standardize, top_directions
 
@@ -226,3 +227,36 @@ def test_half_precision_has_error_bars_in_its_own_dtype():
     assert found.standard_error().dtype == torch.bfloat16
     expected = estimate(num=200, x=X.float(), function=lambda x: fn(x.double())).standard_error()
     torch.testing.assert_close(found.standard_error().float(), expected, rtol=0.3, atol=0)
+
+
+def dropped(distribution=None, **changes):
+    """Every third direction fails."""
+    calls = iter(range(10_000))
+
+    def failing(x):
+        if next(calls) % 6 == 5:  # the center, then two points a direction
+            raise OSError("crashed")
+        return fn(x)
+
+    settings = {**SETTINGS, "evaluator": "loop", "failures": zograd.failures.Drop(0.5), **changes}
+    with pytest.warns(ZeroOrderWarning, match="were dropped"):
+        return zero_order(distribution, **settings, num_samples=60)(failing).estimate(X)
+
+
+@pytest.mark.parametrize("shaping", [None, standardize])
+def test_of_the_directions_that_were_not_dropped(shaping):
+    """As if there had been these alone."""
+    found = dropped(shaping=shaping)
+    alive = found.coefficients != 0
+    assert 20 < alive.sum() < 60
+    eps = found.directions.noise(0, 60)[0]
+    each = (found.coefficients[:, None] * eps / 0.2)[alive] * (int(alive.sum()) / 60)
+    torch.testing.assert_close(each.mean(dim=0), found.grad)
+    textbook = each.std(dim=0) / math.sqrt(int(alive.sum()))
+    torch.testing.assert_close(found.standard_error(), textbook, rtol=1e-9 if shaping is None else 0.5, atol=0)
+    assert -1 <= found.split_half_cosine() <= 1
+
+
+def test_of_blocks_with_dropped_directions_none_is_known():
+    with pytest.raises(ValueError, match=r"directions were dropped, and those of Orthogonal.* depend on each other"):
+        dropped(Orthogonal()).standard_error()

@@ -16,7 +16,16 @@ import torch
 import zograd
 
 PACKAGE = Path(zograd.__file__).parent
-MODULES = ["zograd", "zograd.distributions", "zograd.evaluators", "zograd.nn", "zograd.schemes", "zograd.shaping"]
+MODULES = [
+    "zograd",
+    "zograd.diagnostics",
+    "zograd.distributions",
+    "zograd.evaluators",
+    "zograd.nn",
+    "zograd.schemes",
+    "zograd.shaping",
+    "zograd.unrolled",
+]
 
 
 def members():
@@ -98,6 +107,7 @@ def test_the_signature_of_zero_order():
         ("batch_dim", (None, True)),
         ("generator", (None, True)),
         ("seed", (None, True)),
+        ("surrogate", (None, True)),
     ]
 
 
@@ -121,7 +131,8 @@ def test_positional_settings():
 def test_the_wrapper_takes_the_same_settings():
     ours = inspect.signature(zograd.zero_order).parameters
     wrapper = inspect.signature(zograd.nn.ZeroOrder).parameters
-    assert [n for n in ours if n not in ("argnums", "batch_dim")] == [n for n in wrapper if n != "module"]
+    ours_only = ("argnums", "batch_dim", "surrogate")  # a function of the parameters is no module
+    assert [n for n in ours if n not in ours_only] == [n for n in wrapper if n != "module"]
     for name, p in wrapper.items():
         if name != "module":
             assert (p.default, p.kind) == (ours[name].default, ours[name].kind)

@@ -103,7 +103,8 @@ def test_an_exception_leaves_the_random_state_as_it_was(at, evaluator):
     chunked = {"vmap": zograd.evaluators.Vmap(1), "batched": zograd.evaluators.Batched(1)}.get(evaluator, evaluator)
     f = zero_order(**OPTIONS, evaluator=chunked, seed=2)(fn)
     state = torch.get_rng_state()
-    with pytest.raises(ArithmeticError, match="the simulator stopped"):
+    # At the center, and under vmap, it is the function's own error.
+    with pytest.raises((ArithmeticError, zograd.EvaluationError), match="the simulator stopped"):
         f.estimate(X)
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(RuntimeError, match="inside a function that zograd calls"):

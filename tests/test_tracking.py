@@ -61,7 +61,7 @@ def test_calls_before_an_exception_count(fail_at):
     fn = Counted(fail_at)
     decorated = zero_order(method="antithetic", num_samples=7)(fn)
     with zograd.Tracker(budget=100) as t:
-        with pytest.raises(OSError, match="down"):
+        with pytest.raises((OSError, zograd.EvaluationError), match="down"):
             decorated.estimate(X)
         assert t.evaluations == fn.calls == fail_at
         assert (t.estimates, t.history) == (0, [])
@@ -166,7 +166,7 @@ def test_an_estimate_that_failed_gives_back_what_it_did_not_use():
     fn = Counted(fail_at=3)
     decorated = zero_order(num_samples=10)(fn)
     with zograd.Tracker(budget=14) as t:
-        with pytest.raises(OSError, match="down"):
+        with pytest.raises((OSError, zograd.EvaluationError), match="down"):
             decorated.estimate(X)
         decorated.estimate(X)
     assert t.evaluations == 14

@@ -7,6 +7,8 @@ a family whose directions complement each other. How far the groups' own estimat
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,50 +21,39 @@ if TYPE_CHECKING:
 
     from zograd._points import Directions
 
-__all__ = ["ErrorBars"]
+    Halves = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+
+__all__ = ["ErrorBars", "Groups", "compared", "spread"]
 
 _ROOM = 1 << 20  # values of rows that are squared together
 _FOLDS = 32  # parts of a jackknife: each costs a sum over all directions
 
 
+@dataclass(frozen=True)
 class ErrorBars:
-    r"""The error of a mean over directions.
+    """The error of an estimate.
 
     Args:
-        directions: the directions.
-        sigma: the smoothing radius of each leaf.
-        weights: the coefficients, float64 of shape (N, slices).
-        mean: what they make, of shape (size,).
-        typed: what the user called, for errors.
-        only: for coefficients that depend on each other, those of an estimate from the directions of a mask alone, of
-            shape (N, slices), zero at the others.
+        mean: the estimate, of shape (size,).
+        variance: that of each of its entries.
+        groups: the independent groups of directions it was made of.
+        halves: makes the estimates of two independent halves of the groups.
     """
 
-    def __init__(
-        self,
-        directions: Directions,
-        sigma: tuple[float, ...],
-        weights: torch.Tensor,
-        mean: torch.Tensor,
-        typed: str,
-        only: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> None:
-        self._directions = directions
-        self._sigma = sigma
-        self._weights = weights
-        self.mean = mean
-        self.group = directions.distribution.group(directions.space, directions.num)
-        self._count = -(-len(directions) // self.group)
-        self._only = only
-        if self._count < 2:
-            raise ValueError(
-                f"{typed} compares independent parts of the estimate with each other: `num_samples` must be more than "
-                f"the {self.group} direction{'s' * (self.group > 1)} that make one part of "
-                f"{directions.distribution}, got {len(directions)}."
-            )
-        self.variance = self._jackknife() if only else self._spread()
-        self.noise = float(self.variance.sum(dtype=torch.float64))
-        self.signal = max(0.0, float(mean.double().square().sum()) - self.noise)
+    mean: torch.Tensor
+    variance: torch.Tensor
+    groups: Groups
+    halves: Halves
+
+    @cached_property
+    def noise(self) -> float:
+        """The squared length of the error."""
+        return float(self.variance.sum(dtype=torch.float64))
+
+    @cached_property
+    def signal(self) -> float:
+        """The squared length of what is estimated: the estimate's without the noise in it."""
+        return max(0.0, float(self.mean.double().square().sum()) - self.noise)
 
     @property
     def snr(self) -> float:
@@ -75,68 +66,163 @@ class ErrorBars:
         """Directions, in whole groups, with which this cosine to the target is expected."""
         if not self.signal:
             return math.inf
-        groups = self._count * self.noise / self.signal * cosine**2 / (1 - cosine**2)
-        return max(1, math.ceil(groups - 1e-9)) * self.group
+        groups = self.groups.count * self.noise / self.signal * cosine**2 / (1 - cosine**2)
+        return max(1, math.ceil(groups - 1e-9)) * self.groups.size
 
     def split_half_cosine(self) -> float:
-        """The cosine between the estimates of every other group and of the rest."""
-        odd = torch.arange(len(self._directions)) // self.group % 2 == 1
-        first, second = self._from(odd).double(), self._from(~odd).double()
+        """The cosine between the estimates of the halves."""
+        first, second = (half.double() for half in self.halves())
         lengths = float(first.norm() * second.norm())
         return float(first @ second) / lengths if lengths else 0.0
 
-    def _from(self, kept: torch.Tensor) -> torch.Tensor:
-        """The estimate from the directions of a mask alone."""
-        weights = self._only(kept) if self._only else self._weights * kept.to(self._weights).unsqueeze(1)
-        return contract(self._directions, self._sigma, weights * (len(kept) / int(kept.sum())))
 
-    def _spread(self) -> torch.Tensor:
-        r"""The mean's variance, :math:`\frac{B}{B-1} \sum_b (S_b - n_b \bar X)^2 / N^2` over the sums of B groups."""
-        total = torch.zeros_like(self.mean)
-        with full_precision(self.mean.device):
-            for rows, counts in self._sums():
-                total += (rows - counts * self.mean).square_().sum(dim=0)
-        return total * (self._count / (self._count - 1) / len(self._directions) ** 2)
+@dataclass(frozen=True)
+class Groups:
+    """The groups of directions of an estimate that are independent of each other.
 
-    def _sums(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Rows ``S_b``, the sums over some groups, and how many directions each has."""
-        d = self._directions
-        factor = d.distribution.scale(d.space) / self._radii()
-        c = self._weights.to(self.mean)
-        if self.group == 1:
+    Args:
+        directions: the directions.
+        sigma: the smoothing radius of each leaf.
+        alive: a mask of the directions that were not dropped; None for all.
+    """
+
+    directions: Directions
+    sigma: tuple[float, ...]
+    alive: torch.Tensor | None = None
+
+    @cached_property
+    def size(self) -> int:
+        """Directions in a group; a last one may have fewer."""
+        return self.directions.distribution.group(self.directions.space, self.directions.num)
+
+    @cached_property
+    def count(self) -> int:
+        """How many groups there are."""
+        return -(-len(self.directions) // self.size) if self.alive is None else int(self.alive.sum())
+
+    def check(self, typed: str) -> None:
+        """Refuse to tell an error from one group, or from groups of which a part was dropped.
+
+        Raises:
+            ValueError: if there is one only, or directions that depend on others were dropped.
+        """
+        if self.alive is not None and self.size > 1:
+            raise ValueError(
+                f"{typed}: directions were dropped, and those of {self.directions.distribution} depend on each other, "
+                "so that the parts which are left cannot be compared. Use `Gaussian()`, or `Retry` in place of `Drop`."
+            )
+        if self.count < 2:
+            raise ValueError(
+                f"{typed} compares independent parts of the estimate with each other: `num_samples` must be more than "
+                f"the {self.size} direction{'s' * (self.size > 1)} that make one part of "
+                f"{self.directions.distribution}, got {len(self.directions) if self.alive is None else self.count}."
+            )
+
+    def odd(self) -> torch.Tensor:
+        """A mask of the directions in every other group."""
+        return torch.arange(len(self.directions)) // self.size % 2 == 1
+
+    def sums(self, weights: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Sums over each group of weight times direction over sigma, several groups at a time.
+
+        Args:
+            weights: of shape (N, slices), in the compute dtype.
+
+        Yields:
+            The first direction, and rows of shape (groups, size); valid until the next.
+        """
+        d = self.directions
+        factor = d.distribution.scale(d.space) / self.radii(weights)
+        if self.size == 1:
             step = max(1, _ROOM // d.space.size)
-            for start, stop in d.blocks():
+            for start, end in d.blocks():
+                stop = min(end, len(d))
                 for lo in range(start, stop, step):
                     hi = min(lo + step, stop)
-                    yield self._rows(lo, hi) * self._spread_out(c[lo:hi]) * factor, c.new_ones(1)
+                    yield lo, self.rows(lo, hi) * self._by_value(weights[lo:hi]) * factor
             return
-        for lo in range(0, len(d), self.group):
-            hi, summed = min(lo + self.group, len(d)), None
+        for lo in range(0, len(d), self.size):
+            hi, total = min(lo + self.size, len(d)), None
             for start in range(lo, hi, d.block):
-                summed = d.add_sum(start, c[start : min(start + d.block, hi)], summed)
-            assert summed is not None
-            yield (summed * factor).unsqueeze(0), c.new_full((1,), float(hi - lo))
+                total = d.add_sum(start, weights[start : min(start + d.block, hi)], total)
+            assert total is not None
+            yield lo, (total * factor).unsqueeze(0)
 
-    def _rows(self, lo: int, hi: int) -> torch.Tensor:
+    def held(self, lo: int) -> int:
+        """How many directions the group that begins at ``lo`` has."""
+        return min(self.size, len(self.directions) - lo)
+
+    def among(self, kept: torch.Tensor) -> int:
+        """How many directions of a mask were not dropped."""
+        return int((kept if self.alive is None else kept & self.alive).sum())
+
+    def rows(self, lo: int, hi: int) -> torch.Tensor:
         """Directions as rows of a matrix."""
-        d = self._directions
+        d = self.directions
         if isinstance(d.distribution, Dense):
             return d.noise(lo, hi)[0]
         return torch.stack([torch.cat([run.clone() for _, run in d.values(i, 0, d.space.size)]) for i in range(lo, hi)])
 
-    def _spread_out(self, weights: torch.Tensor) -> torch.Tensor:
+    def _by_value(self, weights: torch.Tensor) -> torch.Tensor:
         """Weights of shape (rows, slices) at each value of the rows."""
-        return weights.repeat_interleave(self._directions.space.dim, dim=1) if weights.shape[1] > 1 else weights
+        return weights.repeat_interleave(self.directions.space.dim, dim=1) if weights.shape[1] > 1 else weights
 
-    def _radii(self) -> torch.Tensor:
+    def radii(self, like: torch.Tensor) -> torch.Tensor:
         """The smoothing radius at each value."""
-        space = self._directions.space
-        leaves = [self.mean.new_full(shape, s) for shape, s in zip(space.shapes, self._sigma, strict=True)]
+        space = self.directions.space
+        leaves = [like.new_full(shape, radius) for shape, radius in zip(space.shapes, self.sigma, strict=True)]
         return space.join(tuple(leaves))
 
-    def _jackknife(self) -> torch.Tensor:
-        """The variance of the mean from the estimates that leave a part of the groups out, one part after the other."""
-        step = math.ceil(self._count / _FOLDS) * self.group
-        part = torch.arange(len(self._directions)) // step
-        means = torch.stack([self._from(part != k) for k in range(int(part[-1]) + 1)])
-        return (means - means.mean(dim=0)).square_().sum(dim=0) * ((len(means) - 1) / len(means))
+
+def spread(groups: Groups, weights: torch.Tensor, mean: torch.Tensor) -> ErrorBars:
+    r"""The error of a mean over independent groups, :math:`\frac{B}{B-1} \sum_b (S_b - n_b \bar X)^2 / N^2`.
+
+    Args:
+        groups: the B groups, whose sums are S_b.
+        weights: the coefficients, float64 of shape (N, slices).
+        mean: what they make.
+
+    Returns:
+        The error.
+    """
+    total, num = torch.zeros_like(mean), len(groups.directions)
+    left = num if groups.alive is None else groups.count
+    weights = weights * (left / num)  # without what makes the mean over all directions that over the survivors
+    with full_precision(mean.device):
+        for lo, rows in groups.sums(weights.to(mean)):
+            deviations = rows - groups.held(lo) * mean
+            if groups.alive is not None:
+                deviations = deviations[groups.alive[lo : lo + len(rows)].to(mean.device)]
+            total += deviations.square_().sum(dim=0)
+    variance = total * (groups.count / (groups.count - 1) / left**2)
+    return ErrorBars(mean, variance, groups, _halves(groups, lambda kept: weights * kept.to(weights).unsqueeze(1)))
+
+
+def compared(groups: Groups, only: Callable[[torch.Tensor], torch.Tensor], mean: torch.Tensor) -> ErrorBars:
+    """The error where coefficients depend on each other, by a jackknife over parts of the groups.
+
+    Args:
+        groups: the groups.
+        only: from a mask of directions to the coefficients of an estimate from these alone, of shape (N, slices), zero
+            at the others.
+        mean: the estimate.
+
+    Returns:
+        The error.
+    """
+    step = math.ceil(groups.count / _FOLDS) * groups.size
+    part = torch.arange(len(groups.directions)) // step
+    masks = [part != k for k in range(int(part[-1]) + 1)]
+    means = torch.stack([_from(groups, only(kept), kept) for kept in masks if groups.among(kept)])
+    variance = (means - means.mean(dim=0)).square_().sum(dim=0) * ((len(means) - 1) / len(means))
+    return ErrorBars(mean, variance, groups, _halves(groups, only))
+
+
+def _halves(groups: Groups, only: Callable[[torch.Tensor], torch.Tensor]) -> Halves:
+    odd = groups.odd()
+    return lambda: (_from(groups, only(odd), odd), _from(groups, only(~odd), ~odd))
+
+
+def _from(groups: Groups, weights: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The estimate from some of the directions, with weights that are zero at the others."""
+    return contract(groups.directions, groups.sigma, weights * (len(kept) / groups.among(kept)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -11,11 +12,14 @@ from torch.overrides import TorchFunctionMode
 
 from zograd._factored import dense
 from zograd._random import CENTER, FnStream
+from zograd.errors import EvaluationError
+from zograd.failures import dropping, is_failure, tries
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zograd._tree import Arguments, Leaves
+    from zograd.failures import Failures
 
 __all__ = ["Habits", "Objective", "Value", "as_tensor"]
 
@@ -128,14 +132,25 @@ class Objective:
         arguments: the call, taken apart.
         params: the differentiated leaves, detached.
         habits: what earlier calls have shown.
+        policy: what an evaluation that fails means; the value of one that is given up is not a number.
     """
 
-    def __init__(self, fn: Callable[..., Any], arguments: Arguments, params: Leaves, habits: Habits) -> None:
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        arguments: Arguments,
+        params: Leaves,
+        habits: Habits,
+        policy: Failures = "raise",
+    ) -> None:
         self.params = params
+        self.policy = policy
+        self.failures: int = 0  # evaluations that failed and were dealt with by the policy
         self.stream: FnStream | None = None
         self.repeated: int = 0  # evaluations beyond one for each point, less those that a journal spared
         self.counted: Callable[..., None] | None = None  # told of evaluations as they begin, see `count`
         self.arrived: Callable[[int, int, Value], None] | None = None  # told of values as they come, by Evaluator
+        self.parcel: Any = None  # what an evaluator sends to its workers, once an estimate
         self.value: torch.Tensor = params[0]  # the center's, as fn returned it
         self.shape: torch.Size = torch.Size()
         self._fn = fn
@@ -168,6 +183,10 @@ class Objective:
 
     def center(self, params: Leaves, *, batched: bool = False) -> torch.Tensor:
         """The value at the center, which tells the shape of all others."""
+        evaluate = functools.partial(self._at_center, batched=batched)
+        return evaluate(params) if tries(self.policy) == 1 else self._with_policy(evaluate, params, CENTER)
+
+    def _at_center(self, params: Leaves, *, batched: bool) -> torch.Tensor:
         rows = range(CENTER, CENTER + 1) if batched else None
         out = self._evaluate(params, CENTER, rows, getattr(self._fn, "at_center", self._fn))
         value = as_tensor(out, self.name).detach()
@@ -183,7 +202,12 @@ class Objective:
 
     def __call__(self, params: Leaves, index: int) -> Value:
         """The value at one point of direction ``index``: a float for scalars on the CPU, else a float64 tensor."""
-        out = self._evaluate(params, index, None, self._fn)
+        if self.policy == "raise":
+            return self._at_point(params, index)
+        return cast("Value", self._with_policy(functools.partial(self._at_point, index=index), params, index))
+
+    def _at_point(self, params: Leaves, index: int) -> Value:
+        out = self._named(self._evaluate, params, index, None, self._fn)
         if type(out) is float and not self.shape:
             return out
         out = as_tensor(out, self.name)
@@ -209,6 +233,15 @@ class Objective:
         Returns:
             The values in float64.
         """
+        evaluate = functools.partial(self._at_points, lo=lo, vmapped=vmapped, randomness=randomness, point=point)
+        if self.policy == "raise":
+            return evaluate(params)
+        out: torch.Tensor = self._with_policy(evaluate, params, lo, rows=params[0].shape[0], vmapped=vmapped)
+        return out
+
+    def _at_points(
+        self, params: Leaves, *, lo: int, vmapped: bool, randomness: str, point: Callable[[Leaves], Leaves] | None
+    ) -> torch.Tensor:
         rows = params[0].shape[0]
         if vmapped:
             # The check for a tensor comes inside: vmap has its own words for anything else.
@@ -217,11 +250,69 @@ class Objective:
 
             out: torch.Tensor = self._evaluate(params, lo, None, torch.vmap(one, randomness=randomness), vmapped=True)
         else:
-            out = as_tensor(self._evaluate(params, lo, range(lo, lo + rows), self._fn), self.name)
+            out = as_tensor(self._named(self._evaluate, params, lo, range(lo, lo + rows), self._fn), self.name)
         wanted = torch.Size((rows, *self.shape))
         if out.shape != wanted:
             raise self._wrong_shape(out.shape, wanted)
         return out.detach().to(torch.float64, copy=True)
+
+    def _named(
+        self, evaluate: Callable[..., Any], params: Leaves, index: int, rows: range | None, fn: Callable[..., Any]
+    ) -> Any:
+        try:
+            return evaluate(params, index, rows, fn)
+        except Exception as error:
+            if is_failure(error):
+                raise self._failed(error, index, rows) from error
+            raise
+
+    def _failed(self, error: Exception, index: int, rows: range | None = None) -> EvaluationError:
+        where = f"direction {index}" if rows is None else f"directions {rows.start} to {rows.stop - 1}"
+        seed = "" if self.stream is None else f" of the estimate with seed {self.stream.seed}"
+        return EvaluationError(f"{self.name} raised {type(error).__name__} at {where}{seed}: {error}")
+
+    def _with_policy(
+        self,
+        evaluate: Callable[[Leaves], Any],
+        params: Leaves,
+        index: int,
+        *,
+        rows: int | None = None,
+        vmapped: bool = False,
+    ) -> Any:
+        """Evaluate one point, or many, as often as the policy says; what is left of them is not a number."""
+        kept: Value | None = None
+        for left in reversed(range(tries(self.policy))):
+            try:  # on copies, since fn may write to its point before it fails
+                value = evaluate(tuple(p.clone() for p in params) if left else params)
+            except Exception as error:
+                if vmapped or not is_failure(error) or not (left or self.may_drop(index)):
+                    raise
+                failed = rows or 1
+            else:
+                kept = value if kept is None else _completed(kept, value, rows)
+                if not _lost(kept, rows) or not (left or self.may_drop(index)):
+                    return kept
+                failed = _lost(value, rows)
+            self.fail(failed, again=(rows or 1) if left else 0)
+        return self.lost(rows) if kept is None else kept
+
+    def may_drop(self, index: int) -> bool:
+        """Whether the policy lets this direction go; the center is not one."""
+        return index != CENTER and dropping(self.policy) is not None
+
+    def fail(self, failures: int, again: int = 0) -> None:
+        """Count evaluations that failed and were dealt with, and how many are now done again."""
+        self.failures += failures
+        self.repeated += again
+        self.count(0, retries=again, failures=failures)
+
+    def lost(self, rows: int | None = None) -> Value:
+        """What stands for the value of a point that was given up."""
+        if rows is None and not self.shape:
+            return math.nan
+        shape = self.shape if rows is None else (rows, *self.shape)
+        return torch.full(shape, math.nan, dtype=torch.float64, device=self.params[0].device)
 
     def commit(self) -> None:
         """The estimate is done: the center's traces may stay."""
@@ -305,6 +396,22 @@ class Objective:
 
     def _wrong_shape(self, got: torch.Size, wanted: torch.Size) -> ValueError:
         return ValueError(f"{self.name} must return one shape at all points, got {tuple(got)} after {tuple(wanted)}.")
+
+
+def _lost(value: Value, rows: int | None) -> int:
+    """How many of some points have a value that is not finite."""
+    if isinstance(value, float):
+        return int(not math.isfinite(value))
+    finite = torch.isfinite(value.detach())
+    return int(not finite.all()) if rows is None else int((~finite.reshape(rows, -1).all(dim=1)).sum())
+
+
+def _completed(kept: Value, value: Value, rows: int | None) -> Value:
+    """The new values of points that failed before, the old ones of the others."""
+    if rows is None or isinstance(kept, float) or isinstance(value, float):
+        return value
+    finite = torch.isfinite(kept).reshape(rows, -1).all(dim=1)
+    return torch.where(finite.view(rows, *(1,) * (kept.dim() - 1)), kept, value)
 
 
 def _versions(params: Leaves) -> list[int]:

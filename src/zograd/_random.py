@@ -274,7 +274,7 @@ class FnStream:
         self.shared = shared
         self._torch = TorchStream(device)
         self._token: Token[FnStream | _PlainStream | None] | None = None
-        self._depth = 1
+        self.depth: int = 1  # how many estimates this one is inside of, itself included
         self._rows: range | None = None  # under Batched: the directions of this call
         self._index = CENTER
         self._key = self.key(CENTER)
@@ -285,10 +285,15 @@ class FnStream:
         """The seed that ``fn`` sees at direction ``index``."""
         return key(self._seed, Purpose.FN, 0 if self.shared else index + 1)
 
+    @property
+    def seed(self) -> int:
+        """The estimate's."""
+        return self._seed
+
     def __enter__(self) -> FnStream:
         self._torch.__enter__()
         outer = _stream.get()
-        self._depth = outer._depth + 1 if isinstance(outer, FnStream) else 1
+        self.depth = outer.depth + 1 if isinstance(outer, FnStream) else 1
         self._token = _stream.set(self)
         return self
 
@@ -331,7 +336,7 @@ class FnStream:
 
     def nested_seed(self, seed: int) -> int:
         """Salt the seed that a nested estimate was given, the same at every point."""
-        return derive(seed, self._depth)
+        return derive(seed, self.depth)
 
     def next_seed(self) -> int:
         """The seed of the next nested estimate of this evaluation."""

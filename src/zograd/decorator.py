@@ -22,6 +22,7 @@ from zograd._random import plain_call
 from zograd._tree import Arguments, Space, flatten, sigma_per_leaf, unsupported
 from zograd.errors import ZeroOrderWarning
 from zograd.estimator import Recipe, check_radii
+from zograd.sampling import Until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from zograd.distributions.adapter import DistributionLike
     from zograd.estimator import Estimate
     from zograd.evaluators.base import Evaluator
+    from zograd.failures import Failures
     from zograd.schemes import Scheme
     from zograd.shaping import Shaping
 
@@ -191,7 +193,7 @@ class ZeroOrderFunction(Generic[P]):
         return plan, tuple([leaves[i] for i in setup.positions])
 
     def _set_up(self, arguments: Arguments, chosen: tuple[int, ...]) -> Setup:
-        o, leaves = self.options, arguments.leaves
+        o, leaves, num = self.options, arguments.leaves, self.options.num_samples
         params = tuple(leaves[i] for i in chosen)
         _check_leaves(params, o)
         positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
@@ -207,10 +209,13 @@ class ZeroOrderFunction(Generic[P]):
             recipe=Recipe(
                 o.distribution,
                 o.method,
-                o.num_samples or space.dim,
+                num.bound if isinstance(num, Until) else num or space.dim,
                 tuple(radii[i] for i in chosen),
                 o.evaluator,
                 o.shaping,
+                o.surrogate,
+                o.failures,
+                num if isinstance(num, Until) else None,
             ),
             space=space,
             lost=_lost_gradient(arguments),
@@ -341,15 +346,16 @@ def zero_order(
     distribution: DistributionLike | None = None,
     method: str | Scheme = "naive",
     argnums: int | tuple[int, ...] = (0,),
-    num_samples: int | None = 1,
+    num_samples: int | Until | None = 1,
     sigma: Any = 1.0,
     *,
     evaluator: str | Evaluator = "loop",
     shaping: Shaping | None = None,
-    failures: str = "raise",
+    failures: Failures = "raise",
     batch_dim: int | None = None,
     generator: torch.Generator | None = None,
     seed: int | None = None,
+    surrogate: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[P, Any]], ZeroOrderFunction[P]]:
     r"""Give a function a gradient from its values alone.
 
@@ -370,17 +376,24 @@ def zero_order(
         argnums: the positional arguments to differentiate, each a tensor or any nested tree; integer and frozen
             (``requires_grad=False``) leaves are left alone. Other arguments, and what ``fn`` closes over, get no
             gradient. For a method, 0 is the argument after ``self``.
-        num_samples: N, the number of directions; None, for ``Coordinate()`` alone, is every coordinate once.
+        num_samples: N, the number of directions; or :class:`~zograd.Until` the gradient is good enough; None, for
+            ``Coordinate()`` alone, is every coordinate once.
         sigma: the radius of the smoothing, in units of the parameters: bias grows with its square, and noise in ``fn``
             is divided by it. A number, or a tree of them in the structure of the differentiated argument.
         evaluator: ``"loop"`` (any ``fn``), ``"vmap"`` (many directions at once, for torch operations),
             ``"batched"`` (``fn`` takes a leading axis of parameter sets), or an instance.
         shaping: a function of all values at once, such as :func:`~zograd.shaping.leave_one_out`.
-        failures: ``"raise"``: an evaluation that fails or is not finite raises.
+        failures: what it means if ``fn`` raises at a point or its value there is not finite: ``"raise"``, a
+            :class:`~zograd.failures.Retry` or a :class:`~zograd.failures.Drop`.
         batch_dim: ``fn`` maps the slices along this dimension independently, and each gets a direction and coefficient
             of its own. Check it with :func:`zograd.check_slices`: the gradient is wrong if ``fn`` mixes slices.
         generator: where the seed of each call is drawn from; torch's global stream otherwise, one draw a call.
         seed: the seed of every call: the same directions each time, for line searches and gradcheck.
+        surrogate: a differentiable approximation h of ``fn``, of the same arguments: a coarse simulator, a soft
+            version, a learned emulator. It takes noise off and leaves the mean what it is, however wrong h is: the
+            estimate becomes the mean of :math:`a \nabla h` at the same points plus the estimate for ``fn - a h``, with
+            a factor a fitted to the values, so that a bad h costs little. One evaluation of h with its gradient for
+            each point; for Gaussian marginals and an ``fn`` of one value.
 
     Returns:
         A decorator. What it returns also has ``estimate(...)``, ``options`` and ``replace(...)``.
@@ -418,6 +431,7 @@ def zero_order(
         batch_dim=batch_dim,
         generator=generator,
         seed=seed,
+        surrogate=surrogate,
     )
 
     def decorate(fn: Callable[P, Any], /, *args: Any, **kwargs: Any) -> ZeroOrderFunction[P]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 __all__ = [
     "BudgetExceeded",
+    "DeterminismError",
+    "EvaluationError",
+    "EvaluationTimeout",
     "JournalError",
     "NonFiniteError",
     "ReplayError",
     "SecondDerivativeError",
     "SharedStreamError",
+    "WorkerError",
     "ZeroOrderWarning",
 ]
 
@@ -39,3 +43,19 @@ class BudgetExceeded(RuntimeError):
 
 class JournalError(RuntimeError):
     """A journal is of another run, another program or another version, or is damaged."""
+
+
+class EvaluationError(RuntimeError):
+    """``fn`` raised at a point of an estimate; what it raised is the cause."""
+
+
+class EvaluationTimeout(EvaluationError):
+    """An evaluation took longer than :class:`zograd.evaluators.Pool` allows, and was given up."""
+
+
+class WorkerError(RuntimeError):
+    """A worker of :class:`zograd.evaluators.Pool` died, or something could not be sent to it or come back."""
+
+
+class DeterminismError(RuntimeError):
+    """A worker makes other directions or points from the same seed, so its values belong to another estimate."""

@@ -21,11 +21,13 @@ import torch
 
 from zograd._contraction import Contraction, contract, weigh
 from zograd._curvature import by_direction, differences, hessian_product, refusal, refused
-from zograd._error_bars import ErrorBars
+from zograd._error_bars import ErrorBars, Groups, compared, spread
 from zograd._points import Directions, Points
 from zograd._random import FnStream
+from zograd._surrogate import ControlVariate, Surrogate
 from zograd._tree import same_structure, take_apart
-from zograd.errors import NonFiniteError, SecondDerivativeError, ZeroOrderWarning
+from zograd.errors import EvaluationError, NonFiniteError, SecondDerivativeError, ZeroOrderWarning
+from zograd.failures import dropping
 from zograd.shaping import centered_ranks, leave_one_out, standardize
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from zograd._tree import Leaves, Space
     from zograd.distributions.base import Distribution
     from zograd.evaluators.base import Evaluator, Piece
+    from zograd.failures import Drop, Failures
+    from zograd.sampling import Until
     from zograd.schemes import Scheme
     from zograd.shaping import Shaping
 
@@ -55,6 +59,9 @@ class Recipe:
     sigma: tuple[float, ...]  # one a differentiated leaf
     evaluator: Evaluator
     shaping: Shaping | None = None
+    surrogate: Callable[..., Any] | None = None
+    failures: Failures = "raise"
+    until: Until | None = None  # stops before num_samples
 
     @property
     def evaluations(self) -> int:
@@ -83,13 +90,28 @@ class Evidence:
         self.recipe = recipe
         self._pieces = pieces
         self._center = center
+        self.control: ControlVariate | None = None  # the part of a surrogate
 
     def differences(self, directions: Directions) -> torch.Tensor:
         """The second difference along each direction, float64 of shape (N, *out), the mean of the others removed."""
-        return differences(self.recipe.scheme, directions, _joined(self._pieces), self._center)
+        values, alive = _joined(self._pieces), self.alive
+        if alive is None:
+            return differences(self.recipe.scheme, directions, values, self._center)
+        if not directions.distribution.independent:
+            raise SecondDerivativeError(
+                refused(f"directions were dropped, and those of {directions.distribution} depend on each other")
+            )
+        return _spread(differences(self.recipe.scheme, directions, values[alive], self._center), alive)
+
+    @cached_property
+    def alive(self) -> torch.Tensor | None:
+        """Which directions were not dropped; None for all."""
+        alive = _alive(_joined(self._pieces)).cpu()
+        return None if bool(alive.all()) else alive
 
     def reshaped(self, kept: torch.Tensor) -> torch.Tensor:
         """The coefficients that a shaping makes of the values of some directions alone, zero at the others."""
+        kept = kept if self.alive is None else kept & self.alive
         rows = torch.zeros(len(kept), 1, dtype=torch.float64)
         rows[kept, 0] = _shaped(_joined(self._pieces)[kept], self._center, self.recipe).cpu()
         return rows
@@ -104,7 +126,7 @@ class Estimate:
         directions: the directions, made again when asked for.
         sigma: the smoothing radius of each differentiated leaf.
         seed: what the directions are a function of.
-        evaluations: points evaluated, the center included.
+        evaluations: points evaluated, the center and retries included.
         failures: evaluations that failed and were dealt with by a policy.
     """
 
@@ -299,9 +321,13 @@ class Estimate:
                 f"{typed} knows no error of `shaping={getattr(shaping, '__name__', shaping)}`, which makes directions "
                 "depend on each other: use `shaping=None` to see how good the gradient is."
             )
-        rows = by_direction(self.coefficients, self.directions.space)
-        only = None if shaping in (None, leave_one_out) else self._evidence.reshaped
-        return ErrorBars(self.directions, self.sigma, rows, self._flat, typed, only)
+        groups = Groups(self.directions, self.sigma, self._evidence.alive)
+        groups.check(typed)
+        if self._evidence.control is not None:
+            return self._evidence.control.error_bars()
+        if shaping in (None, leave_one_out):
+            return spread(groups, by_direction(self.coefficients, self.directions.space), self._flat)
+        return compared(groups, self._evidence.reshaped, self._flat)
 
     def _tree(self, flat: torch.Tensor) -> Any:
         space = self.directions.space
@@ -331,6 +357,7 @@ def estimate(
 
     Raises:
         NonFiniteError: if a value is nan or infinite.
+        EvaluationError: if ``fn`` raises at a point, or too few directions survive.
         ValueError: if the evaluator's values do not fit together.
     """
     warn_below_resolution(objective.params, recipe.sigma, "zero_order")
@@ -339,7 +366,9 @@ def estimate(
     # User code needs grad mode, whoever calls us: an inner training loop is the main use.
     with torch.enable_grad(), FnStream(seed, space.device, shared=recipe.scheme.uses_center) as objective.stream:
         try:
-            coefficients, flat, evidence = _run(objective, recipe, points)
+            coefficients, flat, evidence, directions = _run(objective, recipe, points)
+            if recipe.surrogate is not None:
+                flat = _controlled(recipe.surrogate, objective, points, _joined(coefficients), evidence)
         finally:
             objective.stream = None
     objective.commit()
@@ -349,7 +378,7 @@ def estimate(
         sigma=recipe.sigma,
         seed=seed,
         evaluations=1 + len(directions) * len(points.sides) + objective.repeated,
-        failures=0,
+        failures=objective.failures,
         _coefficients=coefficients,
         _flat=flat,
         _evidence=evidence,
@@ -384,26 +413,32 @@ def warn_below_resolution(params: Leaves, sigma: tuple[float, ...], call: str) -
 
 def _run(
     objective: Objective, recipe: Recipe, points: Points
-) -> tuple[list[Coefficients], torch.Tensor | None, Evidence]:
-    """The coefficients by pieces, the values, and for an objective of one value a slice the flat gradient."""
-    space, sides = points.directions.space, points.sides
-    pieces = recipe.evaluator(objective, points)
+) -> tuple[list[Coefficients], torch.Tensor | None, Evidence, Directions]:
+    """The coefficients by pieces, the gradient of an objective of one value a slice, the values and the directions."""
+    directions, sides = points.directions, points.sides
+    space = directions.space
+    pieces = recipe.evaluator(objective, points) if recipe.until is None else _rounds(objective, recipe, points)
     try:
         center = next(pieces, None)
         if not isinstance(center, torch.Tensor):
             raise ValueError(f"the evaluator must yield the center's value first, a tensor, got {center!r:.80}.")
         _check_center(center, space, recipe, objective.name)
-        contraction = Contraction(points.directions, recipe.sigma) if center.numel() == space.slices else None
+        drop = dropping(recipe.failures)
+        contraction = Contraction(directions, recipe.sigma) if center.numel() == space.slices else None
+        waits = bool(recipe.shaping or drop or recipe.until)  # for the last value
         kept: list[Coefficients] = []
         seen: list[Piece] = []
-        hi = 0
-        for piece in _whole(pieces, points, center):
+        hi = lost = 0
+        for piece in _whole(pieces, points, center, recipe.until):
             lo, hi = hi, hi + len(piece)
             coefficients = _combine(recipe.scheme, piece, center)
             if not _all_finite(coefficients):  # a value that is not finite makes its coefficient so
-                raise _not_finite(_values(piece), lo, sides, objective.name)
+                if drop is None:
+                    raise _not_finite(_values(piece), lo, sides, objective.name)
+                lost += int((~_alive(_values(piece))).sum())
+                _check_survivors(drop, lost, len(points), objective.name)
             seen.append(piece)
-            if recipe.shaping:
+            if waits:
                 continue
             kept.append(coefficients)
             if contraction is not None:
@@ -411,16 +446,71 @@ def _run(
     finally:
         if isinstance(pieces, Generator):  # let it clean up now, not when it is collected
             pieces.close()
-    if recipe.shaping:
-        kept = [_shaped(_joined(seen), center, recipe)]
+    if waits:
+        directions = directions.first(hi)
+        kept = [_survivors(_joined(seen), center, recipe)]
+        if lost:
+            _warn_of_dropped(lost, hi, objective.name)
         if contraction is not None:
+            contraction = Contraction(directions, recipe.sigma)
             contraction.add(kept[0])
     evidence = Evidence(recipe, seen, center)
     if contraction is None:
-        return kept, None, evidence
+        return kept, None, evidence, directions
     flat = contraction.result()
     check_gradient(flat)
-    return kept, flat, evidence
+    return kept, flat, evidence, directions
+
+
+def _rounds(objective: Objective, recipe: Recipe, points: Points) -> Iterator[Piece]:
+    """The center and the values of ever more directions, until the gradient from them is good enough."""
+    until, directions = recipe.until, points.directions
+    assert until is not None
+    typed = f"`zero_order(num_samples={until})`"
+    group = directions.distribution.group(directions.space, directions.num)
+    Groups(directions, recipe.sigma).check(typed)
+    lo, hi = 0, until.first(group)
+    seen: list[Piece] = []
+    center = torch.zeros(())
+    while True:
+        pieces = recipe.evaluator(objective, points, lo, hi, center=not lo)
+        if not lo:
+            center = _values(next(pieces))
+            yield center
+            if center.numel() != directions.space.slices:
+                raise ValueError(f"{typed} is for objectives of one value, got the shape {tuple(center.shape)}.")
+        for piece in pieces:
+            seen.append(piece)
+            yield piece
+        if hi == until.bound:
+            return
+        evidence, some = Evidence(recipe, seen, center), directions.first(hi)
+        rows = by_direction(_survivors(_joined(seen), center, recipe), directions.space)
+        groups = Groups(some, recipe.sigma, evidence.alive)
+        snr = spread(groups, rows, contract(some, recipe.sigma, rows)).snr if groups.count > 1 else 0.0
+        if snr >= until.snr:
+            return
+        lo, hi = hi, until.following(hi, snr, group)
+
+
+def _controlled(
+    surrogate: Callable[..., Any],
+    objective: Objective,
+    points: Points,
+    coefficients: torch.Tensor,
+    evidence: Evidence,
+) -> torch.Tensor:
+    """The flat gradient with the surrogate's part, from which the evidence tells its error."""
+    if coefficients.dim() > 1:
+        raise ValueError(
+            "`zero_order(surrogate=...)` is for objectives of one value, got the shape "
+            f"{tuple(coefficients.shape[1:])} from {objective.name}."
+        )
+    recipe = evidence.recipe
+    approximation = Surrogate(surrogate, objective, points, recipe.evaluator)
+    evidence.control = ControlVariate(approximation, points, recipe.scheme, coefficients.cpu())
+    check_gradient(evidence.control.mean)
+    return evidence.control.mean
 
 
 def _combine(scheme: Scheme, piece: Piece, center: torch.Tensor) -> Coefficients:
@@ -449,7 +539,7 @@ def check_gradient(flat: torch.Tensor, cotangent: torch.Tensor | None = None) ->
         )
 
 
-def _whole(pieces: Iterator[Piece], points: Points, center: torch.Tensor) -> Iterator[Piece]:
+def _whole(pieces: Iterator[Piece], points: Points, center: torch.Tensor, until: Until | None) -> Iterator[Piece]:
     """The pieces, checked to be the evaluator's whole and in shape."""
     seen, wanted = 0, (len(points.sides), *center.shape)
     for piece in pieces:
@@ -462,8 +552,46 @@ def _whole(pieces: Iterator[Piece], points: Points, center: torch.Tensor) -> Ite
                 f"{got} that ends at direction {seen}."
             )
         yield piece
-    if seen < len(points):
+    if seen < len(points) and until is None:
         raise ValueError(f"the evaluator must yield {len(points)} directions of values, got {seen}.")
+
+
+def _alive(values: torch.Tensor) -> torch.Tensor:
+    """Which directions have finite values only."""
+    return torch.isfinite(values).flatten(1).all(dim=1)
+
+
+def _spread(rows: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+    """Rows of the survivors among all, such that the mean over all is that over the survivors."""
+    out = rows.new_zeros((len(alive), *rows.shape[1:]))
+    out[alive] = rows * (len(alive) / len(rows))
+    return out
+
+
+def _survivors(values: torch.Tensor, center: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """The coefficients of directions whose values are finite, the others' being zero."""
+    alive = _alive(values)
+    whole = bool(alive.all())
+    rows = values if whole else values[alive]
+    rows = _shaped(rows, center, recipe) if recipe.shaping else recipe.scheme.combine(rows, center)
+    return rows if whole else _spread(rows, alive)
+
+
+def _check_survivors(drop: Drop, lost: int, num: int, name: str) -> None:
+    if num - lost < max(1, drop.min_success * num):
+        raise EvaluationError(
+            f"`Drop(min_success={drop.min_success:g})`: of {num} directions of {name} {lost} failed already, so that "
+            f"fewer than {drop.min_success:.0%} can survive. The estimate was stopped."
+        )
+
+
+def _warn_of_dropped(lost: int, num: int, name: str) -> None:
+    warnings.warn(
+        f"{lost} of {num} directions were dropped since an evaluation of {name} failed; the gradient is the mean over "
+        "the others. It is biased if failure depends on the point: see `zograd.failures.Drop`.",
+        ZeroOrderWarning,
+        stacklevel=2,
+    )
 
 
 def _shaped(values: torch.Tensor, center: torch.Tensor, recipe: Recipe) -> torch.Tensor:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from zograd.distributions.adapter import DistributionLike
     from zograd.estimator import Estimate
     from zograd.evaluators.base import Evaluator
+    from zograd.failures import Failures
+    from zograd.sampling import Until
     from zograd.schemes import Scheme
     from zograd.shaping import Shaping
 
@@ -64,6 +66,12 @@ class _ModuleFunction:
             raise watch.error
         self._watched = True
         return out
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As the module was before the center, with the parameters that are differentiated, for another process."""
+        module = self._frozen()
+        parameters = {id(p): p for p in module.parameters()}
+        return _ModuleFunction, (module, {name: parameters[identity] for identity, name in self._names.items()})
 
     def at_center(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """Evaluate as one plain call, whose traces :meth:`commit` leaves on the module."""
@@ -275,7 +283,8 @@ class ZeroOrder(_ZeroOrderModule):
         module: the module.
         distribution: as in :func:`zograd.zero_order`, like all settings.
         method: the scheme or its name.
-        num_samples: the number of directions; None, for ``Coordinate()`` alone, is every coordinate once.
+        num_samples: the number of directions; or :class:`~zograd.Until` the gradient is good enough; None, for
+            ``Coordinate()`` alone, is every coordinate once.
         sigma: the smoothing radius, a number or a dict by parameter name (``"module."`` in front).
         evaluator: how ``forward`` is called on points.
         shaping: what is done to the values first.
@@ -307,12 +316,12 @@ class ZeroOrder(_ZeroOrderModule):
         module: nn.Module,
         distribution: DistributionLike | None = None,
         method: str | Scheme = "naive",
-        num_samples: int | None = 1,
+        num_samples: int | Until | None = 1,
         sigma: Any = 1.0,
         *,
         evaluator: str | Evaluator = "loop",
         shaping: Shaping | None = None,
-        failures: str = "raise",
+        failures: Failures = "raise",
         generator: torch.Generator | None = None,
         seed: int | None = None,
     ) -> None:

@@ -56,7 +56,7 @@ class Loop(Evaluator):
                 rows.append([_value(fn, point, i, j, side) for j, side in enumerate(points.sides)])
                 if not _finite(rows[-1]):
                     yield _stack(rows)
-                    rows.clear()
+                    rows = []  # a new one: who got the other may keep it
             if rows:
                 yield _stack(rows)
 

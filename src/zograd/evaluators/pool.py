@@ -1,0 +1,189 @@
+"""Points evaluated by the workers of an executor: threads, processes, machines."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import math
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, Any
+
+from zograd._threads import cores
+from zograd.errors import ReplayError
+from zograd.evaluators._crew import Crew, spawned
+from zograd.evaluators._dispatch import Dispatch
+from zograd.evaluators._worker import Job, Modes, Parcel
+from zograd.evaluators.base import Evaluator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+
+    from zograd._objective import Objective
+    from zograd._points import Points
+    from zograd.evaluators.base import Piece
+
+__all__ = ["Pool"]
+
+
+class Pool(Evaluator):
+    """Evaluate points in the workers of an executor, in any order; the gradient is that of :class:`Loop`, bit for bit.
+
+    It takes any ``concurrent.futures.Executor``: threads, processes, loky, ``client.get_executor()`` of dask, mpi4py's.
+    Tasks are numbers of points; directions are made by the workers from the seed, and what ``fn`` needs goes to each
+    worker once an estimate. A worker proves with its first answer that it makes the same directions with the same
+    torch. Threads get copies of the modules that ``fn`` uses. At most two tasks a worker are under way at a time.
+
+    ``fn`` goes to processes by its name, decorated or not, so it stands at the top of a module that they can import;
+    with cloudpickle installed (loky and dask bring it) lambdas and functions of the main script go, too. A module's
+    center is evaluated in this process, for the traces that it leaves.
+
+    If a worker dies, a standard executor is broken for good. Give a function that makes the executor instead: then the
+    pool makes it when needed and anew when it breaks, evaluates again what was under way, and ends it in the end. A
+    point at which a worker dies twice, with nothing else under way, counts as failed, and so does one that takes longer
+    than ``timeout``; ``failures=`` of :func:`zograd.zero_order` says what that means.
+
+    Args:
+        executor: an executor, which stays the caller's; or a function that makes one, which is the pool's. None makes
+            a pool of spawned processes: a script needs its code under ``if __name__ == "__main__":`` for that.
+        batch_size: points in a task: more where an evaluation takes less than some milliseconds.
+        timeout: seconds that an evaluation may take; None for no limit. Processes of the pool's own are ended then and
+            made anew. Those of others, and threads, cannot be ended: they are left to themselves.
+        workers: how many workers there are, where the executor does not say so; with no executor, how many to start
+            (None: as many as there are cores).
+        threads: threads that torch uses in each worker process; None leaves that to torch.
+
+    Raises:
+        TypeError: if a setting is of a wrong type.
+        ValueError: if one is out of its range.
+
+    Examples:
+        >>> import torch, zograd
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> def simulate(x):
+        ...     return float(x.round().sum())
+        >>> with ThreadPoolExecutor(4) as threads:
+        ...     pool = zograd.evaluators.Pool(threads)
+        ...     fn = zograd.zero_order(num_samples=10, seed=0, evaluator=pool)(simulate)
+        ...     together = fn.estimate(torch.ones(3)).grad
+        >>> torch.equal(together, fn.replace(evaluator="loop").estimate(torch.ones(3)).grad)
+        True
+    """
+
+    def __init__(
+        self,
+        executor: Executor | Callable[[], Executor] | None = None,
+        batch_size: int = 1,
+        timeout: float | None = None,
+        *,
+        workers: int | None = None,
+        threads: int | None = 1,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("workers", workers), ("threads", threads)):
+            _check_count(value, name, none=name != "batch_size")
+        _check_timeout(timeout)
+        made = not isinstance(executor, type) and callable(getattr(executor, "submit", None))
+        if executor is not None and not made and not callable(executor):
+            raise TypeError(
+                "`Pool(executor=...)` must be an Executor, a function that makes one, or None, got "
+                f"{type(executor).__name__} {executor!r:.80}."
+            )
+        self.batch_size: int = batch_size
+        self.timeout: float | None = timeout
+        self.threads: int | None = threads
+        if executor is None:
+            workers = workers or cores()
+            executor = functools.partial(spawned, workers)
+        self._crew = Crew(executor, None, workers) if made else Crew(None, executor, workers)  # type: ignore[arg-type]
+
+    def __call__(
+        self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
+    ) -> Iterator[Piece]:
+        """Yield directions in order, as soon as they and all before them are there."""
+        if not points.directions.replayable:
+            raise ReplayError(
+                f"`Pool`: the directions of {points.directions.distribution} cannot be made again by the workers: its "
+                "`sample` gave two answers for one state of torch's random stream. Draw from torch's random functions."
+            )
+        traces = hasattr(fn.fn, "at_center")
+        if center and traces:
+            yield fn.center(points.center())
+        elsewhere = center and not traces
+        hi = len(points) if hi is None else hi
+        if lo == hi and not elsewhere:
+            return
+        dispatch = Dispatch(self._crew, self._parcel(fn, points), fn, points, self.batch_size, self.timeout)
+        with dispatch:
+            if elsewhere:
+                yield dispatch.center()
+            yield from dispatch.directions(lo, hi)
+
+    def _parcel(self, fn: Objective, points: Points) -> Parcel:
+        """What workers get to know of an estimate; the same one where a journal asks span by span."""
+        if isinstance(fn.parcel, Parcel):
+            return fn.parcel
+        directions, stream = points.directions, fn.stream
+        job = Job(
+            fn=fn.fn,
+            arguments=fn.arguments,
+            params=points.params,
+            policy=fn.policy,
+            distribution=directions.distribution,
+            space=directions.space,
+            seed=directions.seed,
+            num=directions.num,
+            sigma=points.sigma,
+            probe=points.sides[0],
+            kind=type(points),
+            shared=stream is not None and stream.shared,
+            depth=1 if stream is None else stream.depth,
+            modes=Modes.here(directions.space.device, self.threads),
+            owned=self._crew.owned,
+            context=contextvars.copy_context(),
+        )
+        parcel = fn.parcel = Parcel(job, self._crew.ways)
+        return parcel
+
+    def close(self) -> None:
+        """End the pool's own executor, whatever it is doing; the next estimate makes a new one."""
+        self._crew.end()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        settings = f"batch_size={self.batch_size}, timeout={self.timeout}, threads={self.threads}"
+        return f"Pool({self._crew!r}, {settings})"
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
+        return self  # a copy of a module works with the same workers
+
+
+def _check_count(value: Any, name: str, *, none: bool) -> None:
+    if value is None and none:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        wanted = "an int or None" if none else "an int"
+        raise TypeError(f"`Pool({name}=...)` must be {wanted}, got {type(value).__name__} {value!r:.80}.")
+    if value < 1:
+        raise ValueError(f"`Pool({name}=...)` must be at least 1, got {value}.")
+
+
+def _check_timeout(value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`Pool(timeout=...)` must be a number or None, got {type(value).__name__} {value!r:.80}.")
+    if not 0 < value < math.inf:
+        raise ValueError(f"`Pool(timeout=...)` must be positive and finite, got {value!r}.")

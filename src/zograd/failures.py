@@ -1,0 +1,136 @@
+"""What a failed evaluation means: it raises, is tried again, or leaves its direction out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from zograd.errors import (
+    BudgetExceeded,
+    DeterminismError,
+    JournalError,
+    ReplayError,
+    SecondDerivativeError,
+    SharedStreamError,
+    WorkerError,
+)
+
+__all__ = ["Drop", "Failures", "Retry", "is_failure"]
+
+
+@dataclass(frozen=True)
+class Drop:
+    r"""Leave out the directions of which an evaluation failed: the mean is over the M survivors.
+
+    .. math:: \hat g = \frac{1}{M \sigma} \sum_{i \,\mathrm{survived}} c_i \epsilon_i
+
+    An evaluation fails if ``fn`` raises or returns a value that is not finite. The whole direction goes, with all its
+    sides, since half of a difference is no difference. Each estimate that left something out warns.
+
+    If it is chance that fails an evaluation (a network, a license server), the mean of the estimate is what it was and
+    its variance N / M times as large. If failure depends on the point, the mean is that over directions that survive,
+    which is another function's gradient: near a region where ``fn`` fails, the estimate does not see what lies there.
+    A finite penalty in place of the failure, or :class:`Retry`, has no such bias.
+
+    The value at the parameters themselves cannot be left out: if that evaluation fails, the estimate raises.
+
+    Args:
+        min_success: the least fraction of directions that must survive, above 0 and at most 1; the estimate raises
+            once fewer can.
+
+    Raises:
+        TypeError: if it is not a number.
+        ValueError: if it is out of its range.
+
+    Examples:
+        >>> import torch, warnings, zograd
+        >>> @zograd.zero_order(num_samples=100, seed=0, failures=zograd.failures.Drop(min_success=0.1))
+        ... def fn(x):
+        ...     return x.sum().log()  # not a number for negative sums
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     estimate = fn.estimate(torch.ones(2))
+        >>> bool(estimate.grad.isfinite().all()), estimate.failures == (estimate.coefficients == 0).sum(), len(caught)
+        (True, tensor(True), 1)
+    """
+
+    min_success: float = 0.5
+
+    def __post_init__(self) -> None:
+        typed, least = "`Drop(min_success=...)`", self.min_success
+        if isinstance(least, bool) or not isinstance(least, (int, float)):
+            raise TypeError(f"{typed} must be a number, got {type(least).__name__} {least!r:.80}.")
+        if not 0 < least <= 1:
+            raise ValueError(f"{typed} must lie above 0 and be at most 1, got {least!r}.")
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Evaluate the same point again where ``fn`` raised or returned a value that is not finite.
+
+    It is the same point and the same random state: a new direction in place of the one that failed would favor the
+    directions that succeed. So this is for failures that have nothing to do with the point, or with its random numbers.
+
+    Args:
+        times: how often a point is evaluated again, at least 1.
+        then: what it means if the last try fails too: ``"raise"``, or a :class:`Drop`.
+
+    Raises:
+        TypeError: if a setting is of a wrong type.
+        ValueError: if one is out of its range.
+
+    Examples:
+        >>> import torch, zograd
+        >>> calls = []
+        >>> @zograd.zero_order(num_samples=4, failures=zograd.failures.Retry(2))
+        ... def fn(x):
+        ...     calls.append(x)
+        ...     if len(calls) == 3:
+        ...         raise ConnectionError("busy")
+        ...     return x.sum()
+        >>> estimate = fn.estimate(torch.ones(2))
+        >>> estimate.evaluations, estimate.failures
+        (6, 1)
+    """
+
+    times: int = 3
+    then: Drop | str = "raise"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.times, bool) or not isinstance(self.times, int):
+            raise TypeError(f"`Retry(times=...)` must be an int, got {type(self.times).__name__} {self.times!r:.80}.")
+        if self.times < 1:
+            raise ValueError(f"`Retry(times=...)` must be at least 1, got {self.times}.")
+        if not isinstance(self.then, Drop) and self.then != "raise":
+            raise ValueError(f"`Retry(then=...)` must be 'raise' or a Drop, got {self.then!r:.80}.")
+
+
+Failures: TypeAlias = "str | Retry | Drop"
+"""What ``failures=`` accepts: ``"raise"``, a :class:`Retry` or a :class:`Drop`."""
+
+# A policy is about fn. These say that the estimate itself cannot be what was asked for.
+_BEYOND = (
+    BudgetExceeded,
+    DeterminismError,
+    JournalError,
+    ReplayError,
+    SecondDerivativeError,
+    SharedStreamError,
+    WorkerError,
+)
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether an exception of ``fn`` is a failed evaluation, which a policy may deal with."""
+    return isinstance(error, Exception) and not isinstance(error, _BEYOND)
+
+
+def tries(policy: Failures) -> int:
+    """How often one point may be evaluated."""
+    return 1 + policy.times if isinstance(policy, Retry) else 1
+
+
+def dropping(policy: Failures) -> Drop | None:
+    """What is to be done about points that failed for good, if they may be left out."""
+    last: Any = policy.then if isinstance(policy, Retry) else policy
+    return last if isinstance(last, Drop) else None

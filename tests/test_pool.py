@@ -1,0 +1,563 @@
+"""Pool: the bits of Loop from any executor, and what becomes of all that can go wrong in a worker."""
+
+import concurrent.futures
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import simulators
+import zograd
+from simulators import Shuffled, cubes, processes
+from zograd import zero_order
+from zograd.evaluators import Journal, Pool
+from zograd.failures import Drop, Retry
+
+X = torch.linspace(-1, 1, 5)
+SETTINGS = {"method": "antithetic", "num_samples": 12, "sigma": 0.5, "seed": 3}
+SOME_FAIL = {**SETTINGS, "num_samples": 16, "sigma": 1.0}  # those whose first value is above 0.5
+X0 = torch.zeros(5)
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with Pool(processes()) as pool:
+        yield pool
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor(4) as executor:
+        yield Pool(executor)
+
+
+def estimate(fn, evaluator="loop", x=X, args=(), **settings):
+    return zero_order(**{**SETTINGS, **settings}, evaluator=evaluator)(fn).estimate(x, *args)
+
+
+def assert_same(one, other):
+    assert torch.equal(one.value, other.value)
+    assert one.value.dtype == other.value.dtype
+    assert torch.equal(one.coefficients, other.coefficients)
+    assert one.evaluations == other.evaluations
+
+
+# ----------------------------------------------------------------------------------------------------------- same bits
+
+
+@pytest.mark.parametrize("method", ["naive", "forward", "antithetic", "fourth_order"])
+@pytest.mark.parametrize("fn", [cubes, simulators.noisy, simulators.vector, simulators.trains, simulators.nested])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_processes_give_the_bits_of_loop(workers, fn, method, batch_size):
+    workers.batch_size = batch_size
+    assert_same(estimate(fn, method=method), estimate(fn, workers, method=method))
+    workers.batch_size = 1
+
+
+@pytest.mark.parametrize("fn", [cubes, simulators.noisy, simulators.vector, simulators.trains, simulators.nested])
+@pytest.mark.parametrize("count", [1, 2, 4, 16])
+def test_threads_give_the_bits_of_loop(fn, count):
+    with ThreadPoolExecutor(count) as executor:
+        assert_same(estimate(fn), estimate(fn, Pool(executor, 3)))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_answers_come_in_any_order(seed):
+    executor = Shuffled(seed)
+    assert_same(estimate(simulators.noisy), estimate(simulators.noisy, Pool(executor)))
+    assert 2 < executor.most <= 2 * executor._max_workers
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        zograd.distributions.Rademacher(),
+        zograd.distributions.Orthogonal(),
+        zograd.distributions.Sobol(),
+        zograd.distributions.LowRank(),
+        torch.randn,
+    ],
+    ids=lambda family: type(family).__name__,
+)
+def test_families(workers, family):
+    assert_same(estimate(cubes, distribution=family), estimate(cubes, workers, distribution=family))
+
+
+def test_directions_that_cannot_be_made_again_are_refused(threads):
+    with pytest.raises(zograd.ReplayError, match=r"`Pool`: the directions of .* cannot be made again by the workers"):
+        estimate(cubes, threads, distribution=lambda shape: torch.from_numpy(__import__("numpy").random.randn(*shape)))
+
+
+def test_half_precision_and_a_default_dtype(workers):
+    x = X.to(torch.bfloat16)
+    assert_same(estimate(cubes, x=x, sigma=1.0), estimate(cubes, workers, x=x, sigma=1.0))
+    torch.set_default_dtype(torch.float64)
+    assert_same(estimate(simulators.noisy), estimate(simulators.noisy, workers))
+
+
+def test_autocast_reaches_the_workers(workers, threads):
+    weight = torch.randn(5, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = estimate(matmul, args=(weight,))
+        assert_same(wanted, estimate(matmul, workers, args=(weight,)))
+        assert_same(wanted, estimate(matmul, threads, args=(weight,)))
+    assert not torch.equal(wanted.value, estimate(matmul, args=(weight,)).value)
+
+
+def matmul(x, weight):
+    return (weight @ x).float().square().sum()
+
+
+# ------------------------------------------------------------------------------------------------- functions, modules
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3, 2), nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        self.last = x
+        return self.norm(self.linear(x)).pow(3).sum()
+
+
+@pytest.mark.parametrize("kind", ["workers", "threads"])
+def test_modules(kind, request):
+    nets = []
+    for evaluator in ("loop", request.getfixturevalue(kind)):
+        torch.manual_seed(1)
+        net = zograd.nn.ZeroOrder(Net(), method="antithetic", num_samples=6, seed=1, evaluator=evaluator)
+        net(torch.randn(4, 3)).backward()
+        nets.append(net)
+    one, other = nets
+    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+    assert all(torch.equal(a, b) for a, b in zip(one.buffers(), other.buffers(), strict=True))
+
+
+def call(x, model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(x.sum())  # as functional_call does, and undone below
+        out = model(torch.ones(3))
+        time.sleep(0.001)
+        for p in model.parameters():
+            p.sub_(x.sum())
+    return (out - model(torch.ones(3)).detach()).sum().round()
+
+
+def test_threads_never_share_a_module(threads):
+    model = nn.Linear(3, 2)
+
+    def closed(x):
+        return call(x, model)
+
+    before = [p.clone() for p in model.parameters()]
+    assert_same(estimate(call, args=(nn.Linear(3, 2),)), estimate(call, threads, args=(nn.Linear(3, 2),)))
+    assert_same(estimate(closed), estimate(closed, threads))
+    for p, q in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+class Simulator:
+    def __init__(self, power):
+        self.power = power
+
+    def run(self, x):
+        return (x**self.power).sum()
+
+    @zero_order(**SETTINGS)
+    def decorated(self, x):
+        return (x**self.power).sum()
+
+
+def test_decorated_functions_and_methods_go_by_name(workers):
+    assert_same(
+        simulators.decorated.estimate(X),
+        simulators.decorated.replace(evaluator=workers).estimate(X),
+    )
+    assert_same(estimate(Simulator(3).run), estimate(Simulator(3).run, workers))
+    model = Simulator(3)
+    assert_same(model.decorated.estimate(X), model.decorated.replace(evaluator=workers).estimate(X))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cloudpickle") is None, reason="no cloudpickle")
+def test_lambdas_go_with_cloudpickle(workers):
+    power = 3
+    assert_same(estimate(lambda x: (x**power).sum()), estimate(lambda x: (x**power).sum(), workers))
+
+
+@pytest.mark.parametrize("fn", [cubes, lambda x: x.sum()], ids=["argument", "lambda"])
+def test_what_does_not_pickle_is_a_named_error(workers, fn, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cloudpickle", None)
+    from zograd.evaluators import _shipping
+
+    _shipping._pickler.cache_clear()
+    argument = () if fn is not cubes else (threading.Lock(),)
+    try:
+        with pytest.raises(zograd.WorkerError, match=r"`Pool`: `.*` or an argument cannot be sent to other processes"):
+            estimate(lambda x, lock: x.sum() if lock else 0, workers, args=argument) if argument else estimate(
+                fn, workers
+            )
+    finally:
+        _shipping._pickler.cache_clear()
+    assert_same(estimate(cubes), estimate(cubes, workers))
+
+
+def test_a_view_goes_without_the_rest_of_its_memory():
+    from zograd.evaluators._shipping import pack
+
+    assert len(pack(torch.zeros(1_000_000)[:10], by_value=False)) < 2000
+
+
+def test_workers_use_one_thread_of_torch(workers):
+    torch.set_num_threads(1)
+    assert estimate(simulators.threads_of_torch, workers).value == 1
+
+
+# --------------------------------------------------------------------------------------------------- what is sent
+
+
+class Postman(concurrent.futures.Executor):
+    """Passes on, and weighs what it passes."""
+
+    def __init__(self, inner):
+        self.inner, self._max_workers, self.sent, self.back = inner, inner._max_workers, [], []
+
+    def submit(self, fn, /, *args):
+        import pickle
+
+        self.sent.append(len(pickle.dumps(args)))
+        future = self.inner.submit(fn, *args)
+        future.add_done_callback(lambda f: self.back.append(len(pickle.dumps(f.result()))))
+        return future
+
+
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_parameters_go_once_an_estimate_and_worker(size):
+    with processes(2)() as inner:
+        postman = Postman(inner)
+        pool = Pool(postman, workers=2)
+        estimate(cubes, pool, x=torch.zeros(size), num_samples=50)
+    heavy = [n for n in postman.sent if n > 4 * size]
+    assert 1 <= len(heavy) <= 2 + 2  # two with the job, and two that may not have found it
+    assert sum(postman.sent) < len(heavy) * (4 * size + 6000) + 103 * 400
+    assert max(postman.back) < 600
+
+
+def test_eight_bytes_a_value():
+    with processes(2)() as inner:
+        sizes = []
+        for batch in (10, 1010):
+            postman = Postman(inner)
+            estimate(cubes, Pool(postman, batch, workers=2), num_samples=2020)
+            sizes.append(min(postman.back[-2:]) if batch == 10 else sorted(postman.back)[-2])
+    assert sizes[1] - sizes[0] == pytest.approx(8 * 1000, abs=20)
+
+
+def test_a_worker_with_other_directions_is_found_out(threads, monkeypatch):
+    from zograd.evaluators import _worker
+
+    monkeypatch.setattr(_worker, "fingerprint", lambda points: b"other")
+    with pytest.raises(zograd.DeterminismError, match=r"`Pool`: worker .* makes other points than this process"):
+        estimate(cubes, threads, failures=Drop())
+
+
+def test_a_worker_with_another_torch_is_found_out(threads, monkeypatch):
+    from zograd.evaluators import _dispatch
+
+    monkeypatch.setattr(_dispatch, "torch_version", "2.0")
+    with pytest.raises(zograd.DeterminismError, match=r"worker .* has torch .*, this process 2\.0: directions"):
+        estimate(cubes, threads)
+
+
+# ------------------------------------------------------------------------------------------------- journal, tracker
+
+
+def test_a_journal_around_a_pool(tmp_path, workers):
+    path = tmp_path / "calls"
+    wanted = estimate(simulators.counted, args=(str(path),))
+    path.unlink()
+    pool = Journal(workers, tmp_path / "journal")
+    with zograd.Tracker() as tracker:
+        first = estimate(simulators.counted, pool, args=(str(path),))
+        again = estimate(simulators.counted, pool, args=(str(path),))
+    assert_same(wanted, first)
+    assert torch.equal(again.grad, wanted.grad)
+    assert (again.evaluations, tracker.evaluations, path.stat().st_size) == (0, 25, 25)
+
+
+def test_what_came_before_an_error_is_in_the_journal(tmp_path, threads):
+    path, broken = tmp_path / "calls", [True]
+
+    def fn(x):
+        simulators.counted(x, path)
+        if broken and len(path.read_bytes()) > 12:
+            raise OSError("down")
+        return cubes(x)
+
+    journal = Journal(threads, tmp_path / "journal", key=lambda x: 0)
+    with zograd.Tracker() as tracker:
+        with pytest.raises(zograd.EvaluationError, match="down"):
+            estimate(fn, journal)
+        broken.clear()
+        first = tracker.evaluations
+        assert_bits = estimate(fn, journal)
+        assert tracker.evaluations == path.stat().st_size
+    assert assert_bits.evaluations == tracker.evaluations - first <= 25 - 12 + 1
+    assert torch.equal(assert_bits.grad, estimate(cubes).grad)
+
+
+def test_a_journal_with_holes(tmp_path, threads):
+    """Single sides of single directions are asked for, of one job."""
+    import sqlite3
+
+    path = tmp_path / "journal"
+    wanted = estimate(cubes, Journal(threads, path))
+    with sqlite3.connect(path) as connection:
+        connection.execute("DELETE FROM value WHERE point % 3 = 1")
+    again = estimate(cubes, Journal(threads, path))
+    assert torch.equal(again.grad, wanted.grad)
+    assert again.evaluations == len([p for p in range(24) if p % 3 == 1])
+
+
+# ------------------------------------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize(
+    ("fn", "error", "text"),
+    [
+        (simulators.raises_broken, zograd.EvaluationError, r"raised Broken at direction \d+ of the estimate"),
+        (simulators.raises_locked, zograd.EvaluationError, r"raised Locked at direction \d+ of the estimate"),
+        (simulators.leaves, zograd.WorkerError, r"called `sys.exit\(7\)` in a worker"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["workers", "threads"])
+def test_exceptions_of_workers_are_named(kind, fn, error, text, request):
+    with pytest.raises(error, match=text) as caught:
+        estimate(fn, request.getfixturevalue(kind), X0, **{"num_samples": 16, "sigma": 1.0})
+    assert caught.value.__cause__ is not None
+    assert_same(estimate(cubes), estimate(cubes, request.getfixturevalue(kind)))
+
+
+def test_the_cause_is_what_fn_raised(workers):
+    with pytest.raises(zograd.EvaluationError, match="too large") as caught:
+        estimate(int_of_inf, workers, X0, sigma=1.0)
+    assert isinstance(caught.value.__cause__, OverflowError)
+    assert "in int_of_inf" in str(caught.value.__cause__.__cause__)  # where, as the worker saw it
+
+
+def int_of_inf(x):
+    if simulators.at(x, 0.5):
+        raise OverflowError("too large")
+    return cubes(x)
+
+
+@pytest.mark.parametrize(
+    ("fn", "policy"),
+    [
+        (simulators.raises_locked, Drop(0.1)),
+        (simulators.raises_locked, Retry(1, then=Drop(0.1))),
+        (simulators.kills, Drop(0.1)),
+        (simulators.hangs, Drop(0.1)),
+    ],
+)
+def test_directions_that_fail_are_dropped(fn, policy):
+    """By exception, by the death of the worker, by the clock: the estimate is the same."""
+    settings = {**SOME_FAIL, "num_samples": 6, "failures": policy}
+    with pytest.warns(zograd.ZeroOrderWarning, match=r"of 6 directions were dropped"):
+        wanted = estimate(simulators.raises_locked, x=X0, **settings)
+    with Pool(processes(), timeout=0.5) as pool:
+        with pytest.warns(zograd.ZeroOrderWarning, match=r"of 6 directions were dropped"):
+            got = estimate(fn, pool, X0, **settings)
+        assert_same(wanted, got)
+        assert got.failures == wanted.failures > 0
+        assert_same(estimate(cubes), estimate(cubes, pool))
+
+
+@pytest.mark.parametrize("fn", [simulators.kills, simulators.hangs])
+def test_a_point_that_ends_its_worker_is_a_named_error(fn):
+    error, text = {
+        simulators.kills: (zograd.WorkerError, r"a worker died while it evaluated `kills` at direction \d+ \(offset"),
+        simulators.hangs: (zograd.EvaluationTimeout, r"`Pool\(timeout=0.5\)`: `hangs` took longer at direction \d+"),
+    }[fn]
+    with Pool(processes(), timeout=0.5) as pool:
+        with pytest.raises(error, match=text):
+            estimate(fn, pool, X0, **SOME_FAIL)
+        pids = [int(name.split(":")[1]) for name in pool._crew.names]
+    assert not [pid for pid in pids if alive(pid)]
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z" if Path("/proc").exists() else True
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+@pytest.mark.parametrize("fn", [simulators.kills_once, simulators.hangs_once])
+def test_a_worker_that_ends_once_costs_nothing(tmp_path, fn, batch_size):
+    policy = Retry(1) if fn is simulators.hangs_once else "raise"
+    with Pool(processes(), batch_size, timeout=0.3) as pool:
+        got = estimate(fn, pool, args=(str(tmp_path / "once"),), failures=policy)
+    assert torch.equal(got.grad, estimate(cubes).grad)
+
+
+def test_an_executor_of_others_that_breaks_is_a_named_error(tmp_path):
+    with (
+        processes()() as executor,
+        pytest.raises(zograd.WorkerError, match=r"as `Pool\(lambda: ProcessPoolExecutor\(4\)\)`: then it is made anew"),
+    ):
+        estimate(simulators.kills_once, Pool(executor), args=(str(tmp_path / "once"),), failures=Drop())
+
+
+def test_an_executor_that_was_shut_down_is_a_named_error():
+    with ThreadPoolExecutor(1) as executor:
+        pool = Pool(executor)
+    with pytest.raises(zograd.WorkerError, match="its executor was shut down"):
+        estimate(cubes, pool)
+
+
+def test_threads_that_hang_are_left_to_themselves():
+    free = threading.Event()
+
+    def waits(x):
+        if simulators.at(x, 0.5):
+            free.wait(60)
+        return cubes(x)
+
+    with ThreadPoolExecutor(8) as executor:
+        try:
+            with pytest.raises(zograd.EvaluationTimeout, match="took longer at direction"):
+                estimate(waits, Pool(executor, timeout=0.1), X0, **SOME_FAIL)
+            with pytest.raises(zograd.EvaluationTimeout, match="all 2 workers hang in"):
+                estimate(waits, Pool(executor, timeout=0.1, workers=2), X0, **SOME_FAIL, failures=Drop(0.01))
+        finally:
+            free.set()
+
+
+def test_stragglers_are_waited_for(threads):
+    threads.timeout = 20.0
+    assert_same(estimate(cubes, x=X0, sigma=1.0), estimate(simulators.straggles, threads, X0, sigma=1.0))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, zograd.BudgetExceeded("over")], ids=repr)
+@pytest.mark.parametrize("policy", [Drop(0.01), Retry(2), Retry(2, then=Drop(0.01))])
+def test_policies_let_through_what_is_no_failure(error, policy, threads):
+    calls = []
+
+    def fn(x):
+        calls.append(x)
+        if len(calls) == 5:
+            raise error
+        return cubes(x)
+
+    for evaluator in ("loop", threads):
+        calls.clear()
+        with pytest.raises(error if isinstance(error, type) else type(error)):
+            estimate(fn, evaluator, failures=policy)
+
+
+def test_evaluations_retries_and_failures_are_those_of_fn(tmp_path, workers):
+    path = tmp_path / "calls"
+    path.touch()
+    for seed in range(20):
+        before = path.stat().st_size
+        with zograd.Tracker() as tracker:
+            try:
+                got = estimate(
+                    simulators.counted_and_fails, workers, args=(str(path), 0.2), failures=Retry(3), seed=seed
+                )
+            except (zograd.EvaluationError, ConnectionError):
+                got = None
+        made = path.stat().st_size - before
+        assert tracker.evaluations == made
+        if got is not None:
+            assert got.evaluations == made == 25 + tracker.retries
+            assert got.failures == tracker.failures == tracker.retries
+
+
+def test_nothing_is_left_when_the_main_process_is_killed(tmp_path):
+    program = f"""
+        import os, sys, torch, zograd
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import simulators
+        if __name__ == "__main__":
+            pool = zograd.evaluators.Pool(workers=2)
+            names = {{pool._crew.executor.submit(os.getpid).result() for _ in range(50)}}
+            print(*names, flush=True)
+            fn = zograd.zero_order(num_samples=4, sigma=5.0, seed=0, evaluator=pool)(simulators.hangs)
+            fn.estimate(torch.zeros(2))
+    """
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(program))
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as run:
+        pids = [int(pid) for pid in run.stdout.readline().split()]
+        time.sleep(1)
+        run.kill()
+    deadline = time.monotonic() + 20
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert pids
+    assert not [pid for pid in pids if alive(pid)]
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, zograd\n"
+        "def fn(x):\n    return x.sum()\n"
+        "zograd.zero_order(evaluator=zograd.evaluators.Pool(workers=1))(fn).estimate(torch.ones(2))\n"
+    )
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode == 1
+    assert "the workers died as they started" in run.stderr.splitlines()[-1]
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"executor": 4}, TypeError, r"`Pool\(executor=...\)` must be an Executor, a function .*, got int 4"),
+        ({"batch_size": 0}, ValueError, r"`Pool\(batch_size=...\)` must be at least 1, got 0"),
+        ({"batch_size": None}, TypeError, r"`Pool\(batch_size=...\)` must be an int, got NoneType None"),
+        ({"batch_size": 1.0}, TypeError, r"`Pool\(batch_size=...\)` must be an int, got float 1.0"),
+        ({"timeout": 0}, ValueError, r"`Pool\(timeout=...\)` must be positive and finite, got 0"),
+        ({"timeout": float("nan")}, ValueError, r"`Pool\(timeout=...\)` must be positive and finite, got nan"),
+        ({"timeout": "1"}, TypeError, r"`Pool\(timeout=...\)` must be a number or None, got str '1'"),
+        ({"workers": 0}, ValueError, r"`Pool\(workers=...\)` must be at least 1, got 0"),
+        ({"threads": True}, TypeError, r"`Pool\(threads=...\)` must be an int or None, got bool True"),
+    ],
+)
+def test_bad_settings(settings, error, text):
+    with pytest.raises(error, match=text):
+        Pool(**settings)
+
+
+def test_a_factory_that_makes_something_else():
+    with pytest.raises(TypeError, match=r"the function must return an executor, got int 3"):
+        estimate(cubes, Pool(lambda: 3))
+
+
+def test_a_pool_is_copied_with_its_workers_and_pickled_without(threads):
+    import copy
+    import pickle
+
+    assert copy.deepcopy(threads) is threads
+    assert "ThreadPoolExecutor" in repr(threads)
+    assert repr(Pool(workers=3)) == "Pool(workers=3, batch_size=1, timeout=None, threads=1)"
+    with pytest.raises(zograd.WorkerError, match="pickled or copied without its executor"):
+        estimate(cubes, pickle.loads(pickle.dumps(threads)))
