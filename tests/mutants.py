@@ -197,6 +197,13 @@ MUTANTS = [
         ("test_second_derivatives.py",),
     ),
     Mutant(
+        "nested: the sides of a pair adapt along different directions",
+        "_random.py",
+        "        self._nested = 0\n        self._torch.seed(self._key)\n",
+        "        self._torch.seed(self._key)\n",
+        ("test_es_maml.py",),
+    ),
+    Mutant(
         "forward mode of forward mode lost",
         "_autograd.py",
         "forward_ad._set_fwd_grad_enabled(True)",
