@@ -47,7 +47,10 @@ class Mutant:
 
 EXACT, STATISTICS, BITS = "test_estimator_exact.py", "test_estimator_statistics.py", "test_same_bits.py"
 DISTRIBUTED = "test_distributed.py"
+CHECK, CHECK_DISTRIBUTION = "test_check.py", "test_check_distribution.py"
+FAILURES, POOL = "test_failures.py", "test_pool.py"
 JOURNAL, TRACKING = "test_journal.py", "test_tracking.py"
+UNROLLED = "test_unrolled.py"
 
 MUTANTS = [
     Mutant(
@@ -321,10 +324,31 @@ MUTANTS = [
         (DISTRIBUTED,),
     ),
     Mutant(
+        "a check's squared length with its noise",
+        "_check/sweep.py",
+        "    off = gram.sum() - gram.trace()\n    square = float(off) / (num * (num - 1))",
+        "    off = gram.sum() - gram.trace()\n    square = float(gram.sum()) / num**2",
+        (CHECK,),
+    ),
+    Mutant(
+        "a check that looks at vmap but does not compare",
+        "_check/probes.py",
+        "    same = difference <= _VMAP_TOLERANCE",
+        "    same = difference <= math.inf or difference <= _VMAP_TOLERANCE",
+        (CHECK,),
+    ),
+    Mutant(
+        "covariance checked along vectors only",
+        "_check/moments.py",
+        "        if diagonal is not None:",
+        "        if diagonal is None:",
+        (CHECK_DISTRIBUTION,),
+    ),
+    Mutant(
         "error bars take dependent directions for independent ones",
         "_error_bars.py",
-        "        self.group = directions.distribution.group(directions.space, directions.num)\n",
-        "        self.group = 1\n",
+        "        return self.directions.distribution.group(self.directions.space, self.directions.num)\n",
+        "        return 1\n",
         ("test_error_bars.py",),
     ),
     Mutant(
@@ -349,11 +373,88 @@ MUTANTS = [
         ("test_contrib_rl.py",),
     ),
     Mutant(
+        "PES forgets earlier windows",
+        "unrolled.py",
+        "return fresh, held + fresh",
+        "return fresh, fresh",
+        (UNROLLED,),
+    ),
+    Mutant(
+        "a reset keeps what a particle was perturbed by",
+        "unrolled.py",
+        'state["perturbation"].masked_fill(there.unsqueeze(-1), 0.0)',
+        'state["perturbation"].clone()',
+        (UNROLLED,),
+    ),
+    Mutant(
+        "a pair out of step counts as a difference",
+        "_unroll.py",
+        "if together.any():",
+        "if False:",
+        (UNROLLED,),
+    ),
+    Mutant(
+        "Sobol's points not shuffled between windows",
+        "_particles.py",
+        "if not family.independent:",
+        "if False:",
+        (UNROLLED,),
+    ),
+    Mutant(
         "the surrogate's factor is fitted to the directions it is used with",
         "_surrogate.py",
         "= (second.factor(), first.factor())",
         "= (first.factor(), second.factor())",
         ("test_surrogate.py",),
+    ),
+    Mutant(
+        "an estimate that stops early divides by its bound",
+        "_points.py",
+        "        return self._used\n",
+        "        return self.num\n",
+        ("test_until.py",),
+    ),
+    Mutant(
+        "the mean over all directions where some were dropped",
+        "estimator.py",
+        "out[alive] = rows * (len(alive) / len(rows))",
+        "out[alive] = rows",
+        (FAILURES,),
+    ),
+    Mutant(
+        "a retry at the point that fn wrote to",
+        "_objective.py",
+        "value = evaluate(tuple(p.clone() for p in params) if left else params)",
+        "value = evaluate(params)",
+        (FAILURES,),
+    ),
+    Mutant(
+        "a policy that swallows what is no failure",
+        "failures.py",
+        "return isinstance(error, Exception) and not isinstance(error, _BEYOND)",
+        "return isinstance(error, BaseException)",
+        (POOL,),
+    ),
+    Mutant(
+        "values in the order of their arrival",
+        "evaluators/_dispatch.py",
+        "        at = point - self.first\n",
+        "        at = sum(self.there)\n",
+        (POOL,),
+    ),
+    Mutant(
+        "threads that share a module",
+        "evaluators/_shipping.py",
+        "return types.CellType(copy.deepcopy(held, memo)) if isinstance(held, torch.nn.Module) else cell",
+        "return cell",
+        (POOL,),
+    ),
+    Mutant(
+        "the parameters with every task",
+        "evaluators/_dispatch.py",
+        "with_job = errand.with_job or self._sent < self._crew.workers",
+        "with_job = True",
+        (POOL,),
     ),
 ]
 

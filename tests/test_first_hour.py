@@ -521,7 +521,6 @@ def test_how_sure_is_the_gradient():
     assert 10 < estimate.samples_needed(cosine=0.9) < 100
 
 
-@later("diagnostics come later")
 def test_is_my_setup_right():
     """Check my function, sigma and distribution before I spend a week on them."""
     report = zograd.diagnostics.check(zero_order(num_samples=10)(lambda x: x.sum()), torch.ones(5))
@@ -587,7 +586,6 @@ def test_hessian_vector_products():
     torch.testing.assert_close(product, torch.tensor([2.0, 4.0]), atol=0.5, rtol=0)
 
 
-@later("unrolled estimators come later")
 def test_long_unrolls():
     """My inner loop has thousands of steps: update every few, without bias."""
     estimator = zograd.unrolled.PES(

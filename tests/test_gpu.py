@@ -100,3 +100,24 @@ def test_mezo_steps_like_sgd():
     zero_order(method="antithetic", sigma=0.01, seed=opt.records.seeds[0])(problem)(twin).backward()
     torch.optim.SGD([twin], lr=0.1).step()
     assert torch.equal(x, twin)
+
+
+@pytest.mark.parametrize("evaluator", [Loop(), Vmap()], ids=repr)
+@pytest.mark.parametrize("kind", [zograd.unrolled.PES, zograd.unrolled.NRES, zograd.unrolled.TruncatedES])
+def test_unrolled_systems(kind, evaluator):
+    def window(p, s):
+        return (s["x"] * p).sum(), {"x": 0.9 * s["x"] + p, "t": s["t"] + 1}
+
+    params = torch.ones(3, device="cuda", requires_grad=True)
+    start = {"x": torch.zeros(3, device="cuda"), "t": 0}
+    estimator = kind(window, 4, 0.1, evaluator=evaluator, seed=0)
+    state = estimator.init(params, start)
+    for _ in range(4):
+        loss, state = estimator(params, state)
+        loss.backward()
+        state = estimator.reset(state, lambda s: s["t"] >= 3, start)
+    assert params.grad.device.type == state["center"]["x"].device.type == loss.device.type == "cuda"
+    assert params.grad.any()
+    assert state["center"]["t"] == 1
+    with pytest.raises(ValueError, match=r"the state must be on the device of `params`, cuda:0, got cpu"):
+        estimator.init(params, torch.zeros(3))

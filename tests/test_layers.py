@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "zograd"
 # Each row may import the rows above it and nothing else; a row within a level is a level of its own (2.1 above 2.0).
 LEVELS = [
     ("L0", ["errors", "_versions"]),
-    ("L1.0", ["failures", "schemes", "shaping"]),
+    ("L1.0", ["sampling", "failures", "schemes", "shaping"]),
     ("L1.1", ["_digest", "_tree", "_random", "_reuse", "_threads"]),
     ("L1.2", ["_factored"]),
     ("L2.0", ["distributions.base"]),
@@ -45,8 +45,17 @@ LEVELS = [
     ("L4.4", ["_surrogate"]),
     ("L5", ["estimator"]),
     ("L6", ["_autograd", "_options", "optim"]),
-    ("L7", ["decorator", "slices"]),
-    ("L8", ["nn"]),
+    ("L6.1", ["_window", "_particles"]),
+    ("L7", ["decorator", "slices", "_unroll"]),
+    ("L7.1", ["_check"]),
+    ("L7.2", ["_check.moments", "_check.table", "_check.watch"]),
+    ("L7.25", ["_check.subject"]),
+    ("L7.3", ["_check.distribution", "_check.probes", "_check.sweep"]),
+    ("L7.4", ["_check.advice", "_check.radii"]),
+    ("L7.5", ["_check.report"]),
+    ("L7.6", ["_check.run"]),
+    ("L7.7", ["diagnostics"]),
+    ("L8", ["nn", "unrolled"]),
     ("L9.0", [""]),  # zograd itself
     ("L9.1", ["compat", "contrib", "contrib.rl"]),
     ("L9.2", ["compat.torchopt"]),

@@ -4,11 +4,12 @@ Gradients of functions that have none to give (simulators, metrics, discrete cho
 values alone, so that ``loss.backward()`` and every optimizer of PyTorch work as usual.
 """
 
-from zograd import distributions, evaluators, failures, nn, optim, schemes, shaping
+from zograd import diagnostics, distributions, evaluators, failures, nn, optim, schemes, shaping, unrolled
 from zograd._options import Options
 from zograd._random import current_seed, current_seeds
 from zograd._versions import __version__, show_versions
 from zograd.decorator import ZeroOrderFunction, zero_order
+from zograd.diagnostics import CheckReport, check
 from zograd.errors import (
     BudgetExceeded,
     DeterminismError,
@@ -25,6 +26,7 @@ from zograd.errors import (
 )
 from zograd.estimator import Estimate
 from zograd.optim import replay
+from zograd.sampling import Until
 from zograd.schemes import ANTITHETIC, FORWARD, FOURTH_ORDER, NAIVE, Scheme
 from zograd.slices import SliceCheck, check_slices
 from zograd.tracking import TrackedEstimate, Tracker
@@ -35,7 +37,10 @@ __all__ = [  # noqa: RUF022 - grouped as the reader meets them
     "nn",
     "optim",
     "replay",
+    "check",
+    "unrolled",
     "check_slices",
+    "diagnostics",
     "current_seed",
     "current_seeds",
     "Tracker",
@@ -50,7 +55,9 @@ __all__ = [  # noqa: RUF022 - grouped as the reader meets them
     "FOURTH_ORDER",
     "NAIVE",
     "Scheme",
+    "Until",
     # what comes back
+    "CheckReport",
     "Estimate",
     "Options",
     "SliceCheck",

@@ -86,7 +86,8 @@ class Plan:
     def keep(self, result: Estimate) -> int:
         """A number by which backward finds the directions and values again; no parameters, and no gradient."""
         directions = result.directions
-        self.kept.append((directions.seed if directions.replayable else directions, result._evidence))
+        again = directions.replayable and self.setup.recipe.until is None
+        self.kept.append((directions.seed if again else directions, result._evidence))
         return len(self.kept) - 1
 
     def directions(self, number: int) -> Directions:
@@ -245,7 +246,8 @@ class _Payload:
 
     def curve(self, cotangent: torch.Tensor) -> torch.Tensor:
         """Cotangent times the derivative of the payload, flat: the Hessian's product with it."""
-        h, num = self._differences(), self.plan.setup.recipe.num_samples
+        h = self._differences()
+        num = h.shape[0]
         if not self.scalar:
             rows = by_slice(cotangent, self.space, 1) * by_slice(h, self.space, 1)
             return self._sum(rows.sum(dim=2) * num)
@@ -259,7 +261,8 @@ class _Payload:
             return torch.zeros_like(self.main)  # whoever uses it meets the guard first
         if self.scalar:
             return self.curve(vector)
-        dots = self._project(vector) * self.plan.setup.recipe.num_samples
+        dots = self._project(vector)
+        dots = dots * dots.shape[0]
         rows = by_slice(self._differences(), self.space, 1) * dots.unsqueeze(2)
         return from_slices(rows, self.main.shape[1:], self.space, 1)
 

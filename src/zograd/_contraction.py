@@ -54,6 +54,9 @@ class Contraction:
 
     def result(self) -> torch.Tensor:
         """The flat gradient, of shape (size,) in the compute dtype."""
+        if self._waiting is not None:  # the estimate ended within a block
+            rows = min(self._directions.block, self._directions.num - self._done) - self._waiting.shape[0]
+            self.add(self._waiting.new_zeros(rows, self._space.slices))
         assert self._sum is not None
         divisor = len(self._directions) / self._directions.distribution.scale(self._space)
         if len(set(self._sigma)) == 1:
@@ -106,4 +109,4 @@ def project(directions: Directions, sigma: tuple[float, ...], vector: torch.Tens
     scaled = space.join(tuple(leaf / radius for leaf, radius in leaves))
     with full_precision(space.device):
         dots = [family.dot(space, directions.noise(lo, hi), scaled) for lo, hi in directions.blocks()]
-    return torch.cat(dots).double() * (family.scale(space) / len(directions))
+    return torch.cat(dots)[: len(directions)].double() * (family.scale(space) / len(directions))

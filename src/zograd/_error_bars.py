@@ -135,7 +135,8 @@ class Groups:
         factor = d.distribution.scale(d.space) / self.radii(weights)
         if self.size == 1:
             step = max(1, _ROOM // d.space.size)
-            for start, stop in d.blocks():
+            for start, end in d.blocks():
+                stop = min(end, len(d))
                 for lo in range(start, stop, step):
                     hi = min(lo + step, stop)
                     yield lo, self.rows(lo, hi) * self._by_value(weights[lo:hi]) * factor

@@ -14,8 +14,9 @@ from zograd._tree import numbers
 from zograd.distributions.adapter import adapt
 from zograd.evaluators import EVALUATORS, Evaluator
 from zograd.failures import Drop, Retry, dropping
+from zograd.sampling import Until
 from zograd.schemes import SCHEMES, Scheme
-from zograd.shaping import check_shaping
+from zograd.shaping import check_shaping, leave_one_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +36,7 @@ class Options:
         distribution: what directions are drawn from.
         method: the scheme.
         argnums: the differentiated positional arguments; an int counts as a tuple of one.
-        num_samples: directions in one estimate; None is each of them once.
+        num_samples: directions in one estimate, or until when they are taken; None is each of them once.
         sigma: the smoothing radius, a number or a tree of them matching the differentiated arguments.
         evaluator: how ``fn`` is called on points.
         shaping: what is done to the values first.
@@ -49,7 +50,7 @@ class Options:
     distribution: Distribution
     method: Scheme
     argnums: tuple[int, ...]
-    num_samples: int | None
+    num_samples: int | Until | None
     sigma: Any
     evaluator: Evaluator
     shaping: Shaping | None
@@ -146,6 +147,11 @@ class Options:
                 f"`distribution=Coordinate()` has and {self.distribution} does not."
             )
         self._check_differences()
+        if self.surrogate is not None and isinstance(self.num_samples, Until):
+            raise ValueError(
+                f"`{self.call}(surrogate=..., num_samples={self.num_samples})`: the surrogate's factor is fitted to "
+                "all directions at once: give a number."
+            )
         if self.surrogate is not None and dropping(self.failures) is not None:
             raise ValueError(
                 f"`{self.call}(surrogate=..., failures={self.failures})`: the halves of the directions that a "
@@ -157,7 +163,10 @@ class Options:
             name = getattr(self.shaping, "__name__", self.shaping)
             typed = f"`{self.call}(shaping={name}, num_samples={self.num_samples}, method={self.method})`"
             sides, is_difference = len(self.method.sides), self.method.is_difference
-            check_shaping(self.shaping, self.num_samples, sides, typed, is_difference=is_difference)
+            if isinstance(self.num_samples, Until) and self.shaping is not leave_one_out:
+                raise ValueError(f"{typed}: `Until` sees the noise of values as they are: use `shaping=None`.")
+            num = self.num_samples.bound if isinstance(self.num_samples, Until) else self.num_samples
+            check_shaping(self.shaping, num, sides, typed, is_difference=is_difference)
 
     def _check_differences(self) -> None:
         """Directions with a mean that is not zero would carry the level of ``fn`` into the gradient."""
@@ -210,9 +219,9 @@ def _integer(value: Any, typed: str) -> int:
         raise TypeError(f"{typed} must be an int, got {type(value).__name__} {value!r}.") from None
 
 
-def _num_samples(value: Any, typed: str, call: str) -> int | None:
-    if value is None:
-        return None
+def _num_samples(value: Any, typed: str, call: str) -> int | Until | None:
+    if value is None or isinstance(value, Until):
+        return value
     num = _integer(value, typed)
     if num < 1:
         raise ValueError(f"{typed} must be at least 1, got {num}.")

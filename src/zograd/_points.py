@@ -49,6 +49,7 @@ class Directions:
         self.num = num
         self.block: int = distribution.rows(space, num)
         self.replayable: bool = distribution.replayable(space)
+        self._used = num  # how many of them the estimate is a mean over
         self.prefetch: bool | None = False  # make the next span in a second thread; None: where it gains
         self._forget()
 
@@ -60,7 +61,17 @@ class Directions:
         self._next: tuple[int, int, Noise, Future[Noise]] | None = None
 
     def __len__(self) -> int:
-        return self.num
+        return self._used
+
+    def first(self, used: int) -> Directions:
+        """The first of these directions, which are drawn by the same blocks."""
+        if used == self.num:
+            return self
+        some = Directions.__new__(Directions)
+        some.__dict__.update(self.__dict__)
+        some.num = min(self.num, -(-used // self.block) * self.block)
+        some._used, some._span, some._noise, some._scratch, some._next = used, range(0), (), (), None
+        return some
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """The bounds of each block: the units of noise and of summation."""
@@ -198,6 +209,13 @@ class Points:
     def sigma(self) -> tuple[float, ...]:
         """The smoothing radius of each leaf."""
         return self._sigma
+
+    @classmethod
+    def again(
+        cls, params: Leaves, directions: Directions, sigma: tuple[float, ...], sides: tuple[float, ...]
+    ) -> Points:
+        """The points of another one's ``params``, for who evaluates them elsewhere."""
+        return cls(params, directions, sigma, sides)
 
     def only(self, sides: tuple[float, ...]) -> Points:
         """The points of these sides."""

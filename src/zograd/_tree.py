@@ -145,7 +145,7 @@ def _is_float(leaf: object) -> bool:
     return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex() or leaf.is_quantized)
 
 
-def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool) -> tuple[float, ...]:
+def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool, call: str = "zero_order") -> tuple[float, ...]:
     """The smoothing radius of each differentiated leaf, from a number or a tree of numbers.
 
     Returns:
@@ -163,7 +163,7 @@ def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool) -> tuple[
             "Ellipsis", "..."
         )
         raise ValueError(
-            "`zero_order(sigma=...)` must be a number or have the structure of the differentiated arguments, "
+            f"`{call}(sigma=...)` must be a number or have the structure of the differentiated arguments, "
             f"{wanted}, "
             f"got {sigma}."
         )

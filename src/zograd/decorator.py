@@ -22,6 +22,7 @@ from zograd._random import plain_call
 from zograd._tree import Arguments, Space, flatten, sigma_per_leaf, unsupported
 from zograd.errors import ZeroOrderWarning
 from zograd.estimator import Recipe, check_radii
+from zograd.sampling import Until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -192,7 +193,7 @@ class ZeroOrderFunction(Generic[P]):
         return plan, tuple([leaves[i] for i in setup.positions])
 
     def _set_up(self, arguments: Arguments, chosen: tuple[int, ...]) -> Setup:
-        o, leaves = self.options, arguments.leaves
+        o, leaves, num = self.options, arguments.leaves, self.options.num_samples
         params = tuple(leaves[i] for i in chosen)
         _check_leaves(params, o)
         positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
@@ -208,12 +209,13 @@ class ZeroOrderFunction(Generic[P]):
             recipe=Recipe(
                 o.distribution,
                 o.method,
-                o.num_samples or space.dim,
+                num.bound if isinstance(num, Until) else num or space.dim,
                 tuple(radii[i] for i in chosen),
                 o.evaluator,
                 o.shaping,
                 o.surrogate,
                 o.failures,
+                num if isinstance(num, Until) else None,
             ),
             space=space,
             lost=_lost_gradient(arguments),
@@ -344,7 +346,7 @@ def zero_order(
     distribution: DistributionLike | None = None,
     method: str | Scheme = "naive",
     argnums: int | tuple[int, ...] = (0,),
-    num_samples: int | None = 1,
+    num_samples: int | Until | None = 1,
     sigma: Any = 1.0,
     *,
     evaluator: str | Evaluator = "loop",
@@ -374,7 +376,8 @@ def zero_order(
         argnums: the positional arguments to differentiate, each a tensor or any nested tree; integer and frozen
             (``requires_grad=False``) leaves are left alone. Other arguments, and what ``fn`` closes over, get no
             gradient. For a method, 0 is the argument after ``self``.
-        num_samples: N, the number of directions; None, for ``Coordinate()`` alone, is every coordinate once.
+        num_samples: N, the number of directions; or :class:`~zograd.Until` the gradient is good enough; None, for
+            ``Coordinate()`` alone, is every coordinate once.
         sigma: the radius of the smoothing, in units of the parameters: bias grows with its square, and noise in ``fn``
             is divided by it. A number, or a tree of them in the structure of the differentiated argument.
         evaluator: ``"loop"`` (any ``fn``), ``"vmap"`` (many directions at once, for torch operations),

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from zograd.distributions.base import Distribution
     from zograd.evaluators.base import Evaluator, Piece
     from zograd.failures import Drop, Failures
+    from zograd.sampling import Until
     from zograd.schemes import Scheme
     from zograd.shaping import Shaping
 
@@ -60,6 +61,7 @@ class Recipe:
     shaping: Shaping | None = None
     surrogate: Callable[..., Any] | None = None
     failures: Failures = "raise"
+    until: Until | None = None  # stops before num_samples
 
     @property
     def evaluations(self) -> int:
@@ -364,7 +366,7 @@ def estimate(
     # User code needs grad mode, whoever calls us: an inner training loop is the main use.
     with torch.enable_grad(), FnStream(seed, space.device, shared=recipe.scheme.uses_center) as objective.stream:
         try:
-            coefficients, flat, evidence = _run(objective, recipe, points)
+            coefficients, flat, evidence, directions = _run(objective, recipe, points)
             if recipe.surrogate is not None:
                 flat = _controlled(recipe.surrogate, objective, points, _joined(coefficients), evidence)
         finally:
@@ -411,21 +413,23 @@ def warn_below_resolution(params: Leaves, sigma: tuple[float, ...], call: str) -
 
 def _run(
     objective: Objective, recipe: Recipe, points: Points
-) -> tuple[list[Coefficients], torch.Tensor | None, Evidence]:
-    """The coefficients by pieces, the values, and for an objective of one value a slice the flat gradient."""
-    space, sides = points.directions.space, points.sides
-    pieces = recipe.evaluator(objective, points)
+) -> tuple[list[Coefficients], torch.Tensor | None, Evidence, Directions]:
+    """The coefficients by pieces, the gradient of an objective of one value a slice, the values and the directions."""
+    directions, sides = points.directions, points.sides
+    space = directions.space
+    pieces = recipe.evaluator(objective, points) if recipe.until is None else _rounds(objective, recipe, points)
     try:
         center = next(pieces, None)
         if not isinstance(center, torch.Tensor):
             raise ValueError(f"the evaluator must yield the center's value first, a tensor, got {center!r:.80}.")
         _check_center(center, space, recipe, objective.name)
-        contraction = Contraction(points.directions, recipe.sigma) if center.numel() == space.slices else None
+        drop = dropping(recipe.failures)
+        contraction = Contraction(directions, recipe.sigma) if center.numel() == space.slices else None
+        waits = bool(recipe.shaping or drop or recipe.until)  # for the last value
         kept: list[Coefficients] = []
         seen: list[Piece] = []
         hi = lost = 0
-        drop = dropping(recipe.failures)
-        for piece in _whole(pieces, points, center):
+        for piece in _whole(pieces, points, center, recipe.until):
             lo, hi = hi, hi + len(piece)
             coefficients = _combine(recipe.scheme, piece, center)
             if not _all_finite(coefficients):  # a value that is not finite makes its coefficient so
@@ -434,7 +438,7 @@ def _run(
                 lost += int((~_alive(_values(piece))).sum())
                 _check_survivors(drop, lost, len(points), objective.name)
             seen.append(piece)
-            if recipe.shaping or drop:
+            if waits:
                 continue
             kept.append(coefficients)
             if contraction is not None:
@@ -442,18 +446,51 @@ def _run(
     finally:
         if isinstance(pieces, Generator):  # let it clean up now, not when it is collected
             pieces.close()
-    if recipe.shaping or drop:
+    if waits:
+        directions = directions.first(hi)
         kept = [_survivors(_joined(seen), center, recipe)]
         if lost:
-            _warn_of_dropped(lost, len(points), objective.name)
+            _warn_of_dropped(lost, hi, objective.name)
         if contraction is not None:
+            contraction = Contraction(directions, recipe.sigma)
             contraction.add(kept[0])
     evidence = Evidence(recipe, seen, center)
     if contraction is None:
-        return kept, None, evidence
+        return kept, None, evidence, directions
     flat = contraction.result()
     check_gradient(flat)
-    return kept, flat, evidence
+    return kept, flat, evidence, directions
+
+
+def _rounds(objective: Objective, recipe: Recipe, points: Points) -> Iterator[Piece]:
+    """The center and the values of ever more directions, until the gradient from them is good enough."""
+    until, directions = recipe.until, points.directions
+    assert until is not None
+    typed = f"`zero_order(num_samples={until})`"
+    group = directions.distribution.group(directions.space, directions.num)
+    Groups(directions, recipe.sigma).check(typed)
+    lo, hi = 0, until.first(group)
+    seen: list[Piece] = []
+    center = torch.zeros(())
+    while True:
+        pieces = recipe.evaluator(objective, points, lo, hi, center=not lo)
+        if not lo:
+            center = _values(next(pieces))
+            yield center
+            if center.numel() != directions.space.slices:
+                raise ValueError(f"{typed} is for objectives of one value, got the shape {tuple(center.shape)}.")
+        for piece in pieces:
+            seen.append(piece)
+            yield piece
+        if hi == until.bound:
+            return
+        evidence, some = Evidence(recipe, seen, center), directions.first(hi)
+        rows = by_direction(_survivors(_joined(seen), center, recipe), directions.space)
+        groups = Groups(some, recipe.sigma, evidence.alive)
+        snr = spread(groups, rows, contract(some, recipe.sigma, rows)).snr if groups.count > 1 else 0.0
+        if snr >= until.snr:
+            return
+        lo, hi = hi, until.following(hi, snr, group)
 
 
 def _controlled(
@@ -502,7 +539,7 @@ def check_gradient(flat: torch.Tensor, cotangent: torch.Tensor | None = None) ->
         )
 
 
-def _whole(pieces: Iterator[Piece], points: Points, center: torch.Tensor) -> Iterator[Piece]:
+def _whole(pieces: Iterator[Piece], points: Points, center: torch.Tensor, until: Until | None) -> Iterator[Piece]:
     """The pieces, checked to be the evaluator's whole and in shape."""
     seen, wanted = 0, (len(points.sides), *center.shape)
     for piece in pieces:
@@ -515,7 +552,7 @@ def _whole(pieces: Iterator[Piece], points: Points, center: torch.Tensor) -> Ite
                 f"{got} that ends at direction {seen}."
             )
         yield piece
-    if seen < len(points):
+    if seen < len(points) and until is None:
         raise ValueError(f"the evaluator must yield {len(points)} directions of values, got {seen}.")
 
 

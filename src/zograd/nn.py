@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from zograd.estimator import Estimate
     from zograd.evaluators.base import Evaluator
     from zograd.failures import Failures
+    from zograd.sampling import Until
     from zograd.schemes import Scheme
     from zograd.shaping import Shaping
 
@@ -282,7 +283,8 @@ class ZeroOrder(_ZeroOrderModule):
         module: the module.
         distribution: as in :func:`zograd.zero_order`, like all settings.
         method: the scheme or its name.
-        num_samples: the number of directions; None, for ``Coordinate()`` alone, is every coordinate once.
+        num_samples: the number of directions; or :class:`~zograd.Until` the gradient is good enough; None, for
+            ``Coordinate()`` alone, is every coordinate once.
         sigma: the smoothing radius, a number or a dict by parameter name (``"module."`` in front).
         evaluator: how ``forward`` is called on points.
         shaping: what is done to the values first.
@@ -314,7 +316,7 @@ class ZeroOrder(_ZeroOrderModule):
         module: nn.Module,
         distribution: DistributionLike | None = None,
         method: str | Scheme = "naive",
-        num_samples: int | None = 1,
+        num_samples: int | Until | None = 1,
         sigma: Any = 1.0,
         *,
         evaluator: str | Evaluator = "loop",

@@ -9,7 +9,9 @@ import pickle
 import signal
 import socket
 import threading
+import time
 import uuid
+from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -86,6 +88,7 @@ class Job:
     depth: int
     modes: Modes
     owned: bool  # whether its worker processes are the pool's own
+    kind: type[Points] = Points
     key: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
     home: int = field(default_factory=os.getpid)
     context: contextvars.Context | None = None  # for threads of this process
@@ -98,7 +101,7 @@ class Job:
     def points(self) -> Points:
         """The points, with buffers of their own."""
         directions = Directions(self.distribution, self.space, self.seed, self.num)
-        return Points(self.params, directions, self.sigma, (self.probe,))
+        return self.kind.again(self.params, directions, self.sigma, (self.probe,))
 
 
 at_home: dict[bytes, Job] = {}
@@ -201,7 +204,7 @@ class Place:
         objective.shape, objective.habits = torch.Size(task.shape), Habits(*task.habits)
         answer = Answer(_name())
         self._counts = [0, 0, 0]
-        values: list[torch.Tensor] = []
+        values: list[Value] = []
         try:
             # First, since the directions of a worker that makes others are not worth an evaluation.
             if not self.proven:
@@ -211,7 +214,7 @@ class Place:
                 stream.depth = job.depth
                 objective.stream = stream
                 if task.lo == CENTER_POINT:
-                    values.append(objective.center(self.points.center()).reshape(-1))
+                    values.append(objective.center(self.points.center()))
                     answer.dtype = str(objective.value.dtype).removeprefix("torch.")
                     answer.shape = tuple(objective.shape)
                 else:
@@ -223,28 +226,28 @@ class Place:
             answer.error = error
         finally:
             objective.stream = None
-        answer.data = b"".join(map(_bytes, values))
+        answer.data = _bytes(values)
         answer.counts = self._counts[0], self._counts[1], self._counts[2]
         answer.habits = objective.habits.differentiates, objective.habits.draws
         return answer
 
-    def _values(self, sides: tuple[float, ...], lo: int, hi: int) -> Iterator[torch.Tensor]:
+    def _values(self, sides: tuple[float, ...], lo: int, hi: int) -> Iterator[Value]:
         count = len(sides)
         points = self.points.only(sides)
         self.points = points  # with the span of directions that it made last
         for i in range(lo // count, -(-hi // count)):
             (point,) = points.rows(i, i + 1)
             for j in range(max(lo - i * count, 0), min(hi - i * count, count)):
-                yield _flat(self.objective(point(sides[j]), i))
+                yield self.objective(point(sides[j]), i)
 
 
-def _flat(value: Value) -> torch.Tensor:
-    return torch.as_tensor(value, dtype=torch.float64).reshape(-1)
-
-
-def _bytes(value: torch.Tensor) -> bytes:
-    host = value.detach().to("cpu", torch.float64).contiguous()
-    return ctypes.string_at(host.data_ptr(), 8 * host.numel()) if host.numel() else b""
+def _bytes(values: list[Value]) -> bytes:
+    """The values one after the other, as they are in memory."""
+    numbers = [value for value in values if isinstance(value, float)]
+    if len(numbers) == len(values):
+        return array("d", numbers).tobytes()
+    tensors = [torch.as_tensor(value).detach().to("cpu", torch.float64).contiguous() for value in values]
+    return b"".join(ctypes.string_at(t.data_ptr(), 8 * t.numel()) if t.numel() else b"" for t in tensors)
 
 
 def fingerprint(points: Points) -> bytes:
@@ -309,7 +312,7 @@ def _settle_in(job: Job) -> None:
         from multiprocessing import parent_process
 
         parent = parent_process()
-        if parent is not None:
+        if parent is not None or hasattr(os, "getppid"):
             threading.Thread(target=_go_with, args=(parent,), name="zograd-parent", daemon=True).start()
 
 
@@ -322,7 +325,12 @@ def _own_group() -> None:
 
 def _go_with(parent: Any) -> None:
     """End with the process that the values are for, which may be killed without a word."""
-    parent.join()
+    if getattr(parent, "_sentinel", None) is not None:
+        parent.join()
+    else:  # not started by multiprocessing itself; there is nothing to wait for, but another parent shows
+        first = os.getppid()
+        while os.getppid() == first:
+            time.sleep(1)
     if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)

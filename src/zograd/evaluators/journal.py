@@ -21,6 +21,7 @@ from zograd.errors import JournalError, ReplayError
 from zograd.evaluators._inner import as_evaluator
 from zograd.evaluators._ledger import Ledger
 from zograd.evaluators.base import Evaluator
+from zograd.failures import dropping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,7 +51,8 @@ class Journal(Evaluator):
 
     The seed must be the same when the run is started again: give ``seed=``, or restore the state of ``generator=`` (of
     torch's global stream if there is neither). A module's center is evaluated again, for the traces it leaves (buffers,
-    attributes). Values that are not finite are written once the estimate has accepted them.
+    attributes). Values that are not finite are written once the estimate has accepted them, and read where
+    ``failures=`` is a policy that accepts them.
 
     Args:
         inner: how ``fn`` is called for what is not in the file, an evaluator or its name. It may be another one when
@@ -158,7 +160,9 @@ class _Page:
         self._ledger, self._key = ledger, key
         self._rows = ledger.read(key)
         self._pending: dict[int, bytes] = {}  # not finite: of use only if the estimate comes to its end
-        self.center = self._rows.get(CENTER)
+        self.center = self._rows.pop(CENTER, None)
+        if dropping(fn.policy) is None:  # what another policy gave up, this one has to evaluate
+            self._rows = {point: data for point, data in self._rows.items() if _finite(_from_bytes(data))}
 
     # ------------------------------------------------------------------------------------------ what is in the file
 

@@ -1,0 +1,1 @@
+"""What stands behind :mod:`zograd.diagnostics`: one call before trusting a setup."""
