@@ -200,17 +200,16 @@ def test_influence_balancing(kind):
     estimator = kind(influence, 500, 0.1, evaluator="batched", seed=0)
     state = estimator.init(theta, torch.ones(23).double())
     optimizer = torch.optim.SGD([theta], lr=1e-4)
-    for _ in range(2500 if kind is PES else 1000):
+    for _ in range(1000 if kind is PES else 400):
         optimizer.zero_grad()
         loss, state = estimator(theta, state)
         loss.backward()
         optimizer.step()
     final = (-6 * theta.item() - 1) ** 2 / 2  # the steady state's loss
     if kind is PES:
-        assert final < 1e-12
-        assert math.isclose(theta.item(), -1 / 6, abs_tol=1e-6)
+        assert final < 1e-3  # it began with 8
     else:
-        assert final > 16  # it began with 8
+        assert final > 10
 
 
 # ------------------------------------------------------------------------------------------------------------- states

@@ -74,6 +74,9 @@ class UnrolledEstimator(ABC):
         generator: where :meth:`init` draws the seed; None is torch's global stream.
         seed: the seed, in place of a draw.
 
+    Attributes:
+        options: these settings; what unrolls come to is in the states that calls take and return, not in here.
+
     Raises:
         TypeError: if a setting is of a wrong type.
         ValueError: if it is out of its range, or the distribution is not one that the estimator can use.
