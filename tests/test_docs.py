@@ -17,7 +17,7 @@ def test_python_blocks_run_in_order(page):
     scope = {"__name__": "page"}
     for block in blocks:
         exec(compile(block, str(page), "exec"), scope)
-    assert blocks or page.name in ("design.md", "reliability.md")
+    assert blocks or page.name in ("design.md", "reliability.md", "reproductions.md")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
