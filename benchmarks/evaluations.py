@@ -37,7 +37,7 @@ FAMILIES = {
 DESCENDED = (GAUSSIAN, "Orthogonal", "Orthogonal, sqrt(d)", "Hadamard", "Sobol")
 SLOW = 2000  # parameters beyond which a d x d factorization or a sequence of d dimensions takes minutes
 TUNING, SHOWN = (100,), (0, 1, 2)
-RATES = (0.03, 0.1, 0.3)
+RATES = (0.01, 0.03, 0.1, 0.3)
 
 
 class Problem:
