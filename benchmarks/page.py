@@ -11,30 +11,30 @@ ALONE = 1.1  # above it a system used more than the one core it was meant to, an
 HEAD = """\
 # Speed
 
-This page is written by `benchmarks/page.py` from the results beside it; `make bench` measures anew. One thread of {machine},
-{rounds} interleaved rounds. Every system gets the same function, batch, number of directions N and float32, and makes the
-gradient too. Read the ratios: absolute times are those of one machine.
+This page is written by `benchmarks/page.py` from the results beside it; `make bench` measures anew. One thread of
+{machine}, {rounds} interleaved rounds. Every system gets the same function, batch, number of directions N
+and float32, and makes the gradient too. Read the ratios: absolute times are those of one machine.
 
 ![TorchOpt's time over zograd's by workload](../benchmarks/results/compare.png)
 
 ## Beside other packages
 
-Microseconds for one direction (two evaluations and a part of the gradient), and how many times as fast as TorchOpt's antithetic
-method that is: the median of the ratios over the rounds. "Evaluations alone" are as many calls of the function at a point that is
-there already.
+Microseconds for one direction (two evaluations and a part of the gradient), and how many times as fast as TorchOpt's
+antithetic method that is: the median of the ratios over the rounds. "Evaluations alone" are as many calls of the function
+at a point that is there already.
 """
 
 NOTES = """\
 
 What the figures do not say by themselves:
 
-- A single direction is dearer than TorchOpt's. zograd evaluates the center as well, keeps the random state and checks what it
-  gets.
-- `LowRank` can take less time than plain inference: all evaluations see one input, so that they share the first layer's product,
-  and plain inference does not.
+- A single direction is dearer than TorchOpt's. zograd evaluates the center as well, keeps the random state and checks what
+  it gets.
+- `LowRank` can take less time than plain inference: all evaluations see one input, so that they share the first layer's
+  product, and plain inference does not.
 - Processor time over elapsed time is given where it was not one core.
-- "Second core" makes the next direction in a second thread (`prefetch`); "signs" is `Rademacher()`; "noise at hand" leaves out
-  drawing and summing.
+- "Second core" makes the next direction in a second thread (`prefetch`); "signs" is `Rademacher()`; "noise at hand" leaves
+  out drawing and summing.
 - The JAX programs are compiled as a whole; TorchOpt, EvoTorch and zograd call torch's kernels one by one.
 """
 
@@ -52,8 +52,8 @@ MEMORY = """\
 
 ## Memory
 
-The peak beyond the parameters themselves, in units of their size, at {parameters:,} parameters (`benchmarks/memory.py`). It does
-not depend on the number of directions, but on how many points are made at once.
+The peak beyond the parameters themselves, in units of their size, at {parameters:,} parameters
+(`benchmarks/memory.py`). It does not depend on the number of directions, but on how many points are made at once.
 
 | evaluator | peak |
 |---|---|

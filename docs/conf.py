@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 project = "zograd"
 author = "The zograd developers"
-copyright = author  # noqa: A001 - the name that Sphinx reads
+copyright = author
 version = release = version_of("zograd")
 
 extensions = [

@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 __all__ = ["NRES", "PES", "State", "TruncatedES", "UnrolledEstimator"]
 
 
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 class State(TypedDict):
     """Where an unroll stands: a plain dict of tensors, to be saved with ``torch.save`` and gone on with, bit for bit.
 
@@ -279,6 +283,13 @@ class UnrolledEstimator(ABC):
             begun["particles"] = layout.together([_chosen(there, x, y) for x, y in zip(leaves, old, strict=True)])
             begun["perturbation"] = state["perturbation"].masked_fill(there.unsqueeze(-1), 0.0)
         return begun
+
+    def __repr__(self) -> str:
+        o, steps = self.options, f", window={self._fn.num}" if isinstance(self._fn, Steps) else ""
+        return (
+            f"{o.call}({self._typed.strip('`')}, num_samples={o.num_samples}, sigma={o.sigma}, "
+            f"distribution={o.distribution}, evaluator={o.evaluator}, seed={o.seed}{steps})"
+        )
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
