@@ -20,21 +20,21 @@ and float32, and makes the gradient too. Read the ratios: absolute times are tho
 ## Beside other packages
 
 Microseconds for one direction (two evaluations and a part of the gradient), and how many times as fast as TorchOpt's
-antithetic method that is: the median of the ratios over the rounds. "Evaluations alone" are as many calls of the function
-at a point that is there already.
+antithetic method that is: the median of the ratios over the rounds. "Evaluations alone" are as many calls of the
+function at a point that is there already.
 """
 
 NOTES = """\
 
 What the figures do not say by themselves:
 
-- A single direction is dearer than TorchOpt's. zograd evaluates the center as well, keeps the random state and checks what
-  it gets.
+- A single direction is dearer than TorchOpt's. zograd evaluates the center as well, keeps the random state and checks
+  what it gets.
 - `LowRank` can take less time than plain inference: all evaluations see one input, so that they share the first layer's
   product, and plain inference does not.
 - Processor time over elapsed time is given where it was not one core.
-- "Second core" makes the next direction in a second thread (`prefetch`); "signs" is `Rademacher()`; "noise at hand" leaves
-  out drawing and summing.
+- "Second core" makes the next direction in a second thread (`prefetch`); "signs" is `Rademacher()`; "noise at hand"
+  leaves out drawing and summing.
 - The JAX programs are compiled as a whole; TorchOpt, EvoTorch and zograd call torch's kernels one by one.
 """
 
