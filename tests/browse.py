@@ -1,8 +1,8 @@
 """Open every page of the built site in headless Chromium, at the widths of a phone and of a desktop.
 
-``python tests/browse.py docs/_build/html`` fails on a console error, a missing picture, a formula that is not set, a dead
-internal link, anything fetched from elsewhere, a page wider than its window, or a search that finds nothing. ``make
-docs-test`` runs it on a fresh build. With ``--screenshots FOLDER`` it leaves a picture of each page, light and dark.
+``python tests/browse.py docs/_build/html`` fails on a console error, a missing picture, a formula that is not set, a
+dead internal link, anything fetched from elsewhere, a page wider than its window, or a search that finds nothing.
+``make docs-test`` runs it on a fresh build. ``--screenshots FOLDER`` leaves a picture of each page, light and dark.
 
 Chromium is the one on PATH, or that of the variable CHROMIUM.
 """
@@ -23,7 +23,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 SEARCHED = "antithetic"
 NO_BROWSER = """\
 No Chromium was found: neither CHROMIUM nor PATH has one ({names}).
-Install it with the system's package manager (`apt-get install chromium`, `brew install --cask chromium`), or give CHROMIUM=PATH."""
+Install it with the system's package manager (`apt-get install chromium`, `brew install --cask chromium`), or give
+CHROMIUM=PATH."""
 
 # What a page says of itself once it is loaded; formulas are elements of MathML, which have a size where they are set.
 LOOK = """() => {
@@ -39,7 +40,8 @@ LOOK = """() => {
     const text = [...document.querySelectorAll("article p, article li, article td")].map(
         e => [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.data).join(""));
     for (const line of text)
-        if (/\\$[^$]*[\\\\^_{][^$]*\\$|\\\\[a-z]+\\{|:math:|:class:|:func:/.test(line)) problems.push(`left as source: ${line}`);
+        if (/\\$[^$]*[\\\\^_{][^$]*\\$|\\\\[a-z]+\\{|:math:|:class:|:func:/.test(line))
+            problems.push(`left as source: ${line}`);
     const wide = document.documentElement.scrollWidth - innerWidth;
     if (wide > 1) problems.push(`${wide} pixels wider than the window`);
     return problems;

@@ -26,7 +26,7 @@ def page(path):
     return pytest.param(path, id=path.name, marks=skip)
 
 
-@pytest.mark.parametrize("page", map(page, PAGES))
+@pytest.mark.parametrize("page", [page(path) for path in PAGES])
 def test_python_blocks_run_in_order(page):
     torch.manual_seed(0)
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
