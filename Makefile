@@ -18,7 +18,7 @@ BENCH_RUN := $(BENCH)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 .DELETE_ON_ERROR:
 # Two pip runs at once would break the environment.
 .NOTPARALLEL:
-.PHONY: help setup test test-statistics mutants chaos demo bench bench-statistics bench-quick lint format types ci docs docs-test docs-links build clean FORCE
+.PHONY: help setup test test-statistics mutants chaos demo examples examples-quick bench bench-statistics bench-quick lint format types ci docs docs-test docs-links build clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' Makefile
@@ -34,12 +34,25 @@ test-statistics: $(VENV)/.stamp-tests  ## run the statistical tests on fresh see
 mutants: $(VENV)/.stamp-tests  ## plant bugs one by one and check that the tests find each
 	$(RUN) tests/mutants.py
 
-chaos: $(VENV)/.stamp-tests  ## try to break it: faults, kills, damaged files, strange inputs (7 minutes)
+chaos: $(VENV)/.stamp-tests  ## try to break it: faults, kills, damaged files, strange inputs (10 minutes)
 	cd chaos && status=0; for script in [a-z]*.py; do OMP_NUM_THREADS=1 ../$(RUN) $$script || status=1; done; \
 		../$(RUN) _table.py && exit $$status
 
 demo: $(VENV)/.stamp-examples  ## run the quickstart example
 	$(RUN) examples/quickstart.py
+
+# Those with a table, from which reproductions.py makes the page; the quickstart has a target of its own.
+EXAMPLES := $(filter-out quickstart check reproductions,$(basename $(notdir $(wildcard examples/*.py))))
+
+examples: $(VENV)/.stamp-examples  ## run all examples in full and make docs/reproductions.md (an hour)
+	@for name in $(EXAMPLES); do \
+		OMP_NUM_THREADS=1 $(RUN) examples/$$name.py --output docs/images/$$name.png || exit 1; done
+	$(RUN) examples/check.py --figure docs/images/check.png
+	$(RUN) examples/reproductions.py
+
+examples-quick: $(VENV)/.stamp-examples  ## run a smoke of each example (a minute)
+	@mkdir -p build/examples; for name in $(EXAMPLES); do \
+		OMP_NUM_THREADS=1 $(RUN) examples/$$name.py --quick --output build/examples/$$name.png || exit 1; done
 
 bench: $(BENCH)/.stamp  ## compare speed and memory with other packages, in an environment of its own (10 minutes)
 	cd benchmarks && ../$(BENCH_RUN) compare.py && ../$(BENCH_RUN) memory.py && ../$(BENCH_RUN) fixed_cost.py && ../$(BENCH_RUN) page.py

@@ -22,7 +22,7 @@ from zograd.evaluators import Pool
 from zograd.failures import Drop, Retry
 
 COSTLY = ("hang", "SIGKILL", "segfault")
-SHARE = 40  # of the costly ones there is one for so many of the others
+SHARE = 10  # of the costly ones there is one for so many of the others
 PATIENCE, DEADLINE = 0.25, 60.0  # seconds of an evaluation, and until an estimate counts as hanging
 NAMED = (zograd.EvaluationError, zograd.NonFiniteError, zograd.WorkerError, ValueError, TypeError)
 
@@ -89,7 +89,7 @@ def main():
     Returns:
         The exit status.
     """
-    given = arguments(__doc__, 1000, "estimates for each fault")
+    given = arguments(__doc__, 200, "estimates for each fault")
     chance, started = random.Random(given.seed), time.perf_counter()
     ends = dict.fromkeys(["right gradient", "with directions dropped", "named error"], 0)
     wrong = late = 0

@@ -68,7 +68,7 @@ def main():
     Returns:
         The exit status.
     """
-    given = arguments(__doc__, 100_000, "evaluations")
+    given = arguments(__doc__, 50_000, "evaluations")
     chance, started = random.Random(given.seed), time.perf_counter()
     over, killed, lost, twice, different = threading.Event(), [], 0, 0, 0
     estimates, first = 0, (0, 0)

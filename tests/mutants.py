@@ -47,6 +47,8 @@ class Mutant:
 
 EXACT, STATISTICS, BITS = "test_estimator_exact.py", "test_estimator_statistics.py", "test_same_bits.py"
 CHECK, CHECK_DISTRIBUTION = "test_check.py", "test_check_distribution.py"
+FAILURES, POOL = "test_failures.py", "test_pool.py"
+DISTRIBUTED = "test_distributed.py"
 JOURNAL, TRACKING = "test_journal.py", "test_tracking.py"
 UNROLLED = "test_unrolled.py"
 
@@ -195,6 +197,13 @@ MUTANTS = [
         ("test_second_derivatives.py",),
     ),
     Mutant(
+        "nested: the sides of a pair adapt along different directions",
+        "_random.py",
+        "        self._nested = 0\n        self._torch.seed(self._key)\n",
+        "        self._torch.seed(self._key)\n",
+        ("test_es_maml.py",),
+    ),
+    Mutant(
         "forward mode of forward mode lost",
         "_autograd.py",
         "forward_ad._set_fwd_grad_enabled(True)",
@@ -315,6 +324,34 @@ MUTANTS = [
         (CHECK_DISTRIBUTION,),
     ),
     Mutant(
+        "distributed: each rank keeps its own center",
+        "evaluators/_reports.py",
+        "    return rows[0][0], torch.cat",
+        "    return report.values[: shape.numel()].view(shape), torch.cat",
+        (DISTRIBUTED,),
+    ),
+    Mutant(
+        "distributed: the parameters are not compared",
+        "evaluators/distributed.py",
+        '"parameters": [leaf.detach() for leaf in points.params]',
+        '"parameters": [leaf.shape for leaf in points.params]',
+        (DISTRIBUTED,),
+    ),
+    Mutant(
+        "distributed: a rank that raises leaves the others waiting",
+        "evaluators/distributed.py",
+        "    except (Exception, SystemExit) as error:",
+        "    except SystemExit as error:",
+        (DISTRIBUTED,),
+    ),
+    Mutant(
+        "distributed: what the others evaluated is counted here",
+        "evaluators/distributed.py",
+        "        fn.repeated -= (hi - lo - share.mine) * len(points.sides)\n",
+        "",
+        (DISTRIBUTED,),
+    ),
+    Mutant(
         "error bars take dependent directions for independent ones",
         "_error_bars.py",
         "        return self.directions.distribution.group(self.directions.space, self.directions.num)\n",
@@ -357,6 +394,20 @@ MUTANTS = [
         (UNROLLED,),
     ),
     Mutant(
+        "normalizer: it follows the observations within an estimate",
+        "contrib/rl.py",
+        "                    normalizer.seen.add(observation)\n",
+        "                    normalizer.known.add(observation)\n",
+        ("test_contrib_rl.py",),
+    ),
+    Mutant(
+        "moments: merging forgets the distance of the means",
+        "contrib/rl.py",
+        "self.squares + other.squares + away * away * (self.count * other.count / count)",
+        "self.squares + other.squares",
+        ("test_contrib_rl.py",),
+    ),
+    Mutant(
         "the surrogate's factor is fitted to the directions it is used with",
         "_surrogate.py",
         "= (second.factor(), first.factor())",
@@ -369,6 +420,48 @@ MUTANTS = [
         "        return self._used\n",
         "        return self.num\n",
         ("test_until.py",),
+    ),
+    Mutant(
+        "the mean over all directions where some were dropped",
+        "estimator.py",
+        "out[alive] = rows * (len(alive) / len(rows))",
+        "out[alive] = rows",
+        (FAILURES,),
+    ),
+    Mutant(
+        "a retry at the point that fn wrote to",
+        "_objective.py",
+        "value = evaluate(tuple(p.clone() for p in params) if left else params)",
+        "value = evaluate(params)",
+        (FAILURES,),
+    ),
+    Mutant(
+        "a policy that swallows what is no failure",
+        "failures.py",
+        "return isinstance(error, Exception) and not isinstance(error, _BEYOND)",
+        "return isinstance(error, BaseException)",
+        (POOL,),
+    ),
+    Mutant(
+        "values in the order of their arrival",
+        "evaluators/_dispatch.py",
+        "        at = point - self.first\n",
+        "        at = sum(self.there)\n",
+        (POOL,),
+    ),
+    Mutant(
+        "threads that share a module",
+        "evaluators/_shipping.py",
+        "return types.CellType(copy.deepcopy(held, memo)) if isinstance(held, torch.nn.Module) else cell",
+        "return cell",
+        (POOL,),
+    ),
+    Mutant(
+        "the parameters with every task",
+        "evaluators/_dispatch.py",
+        "with_job = errand.with_job or self._sent < self._crew.workers",
+        "with_job = True",
+        (POOL,),
     ),
 ]
 

@@ -12,41 +12,11 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
 import zograd
+from tasks.black_box import bouncing_balls, hard_signs
 from zograd import zero_order
 
 TRAIN, BATCH, EPOCHS = 1200, 60, 5
 SEEDS = (0, 1, 2)
-BALLS, STEPS, GRID, EVERY = 4, 12, 3, 4
-
-
-def bouncing_balls(launches):
-    """Four balls a sample, launched into a box with gravity; a grid of sensors is read at three instants.
-
-    Args:
-        launches: (..., 16): of each ball two coordinates (logits of the place in the unit box) and two velocities.
-
-    Returns:
-        (..., 108) zeros and ones: which of the nine cells each ball is in at each instant.
-    """
-    place, velocity = launches.unflatten(-1, (BALLS, 2, 2)).unbind(-2)
-    place = place.sigmoid()
-    cells = []
-    for step in range(1, STEPS + 1):
-        velocity = velocity - torch.tensor([0.0, 0.1])
-        place = place + 0.1 * velocity
-        hit = (place < 0) | (place > 1)
-        place = torch.where(place > 1, 2 - place, place.abs()).clamp(0, 1)
-        velocity = torch.where(hit, -0.9 * velocity, velocity)
-        if step % EVERY == 0:
-            column, row = (place * GRID).long().clamp(max=GRID - 1).unbind(-1)
-            cells.append(GRID * row + column)
-    sensors = torch.stack(cells, dim=-1).unsqueeze(-1) == torch.arange(GRID**2)
-    return sensors.flatten(-3).float()
-
-
-def hard_signs(x):
-    """Plus or minus one."""
-    return torch.where(x > 0, 1.0, -1.0)
 
 
 # The block, its inputs, its outputs, sigma. A wide sigma for the signs favors the whole batch. With the balls the whole

@@ -10,13 +10,14 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "chaos"
 SHORT = {"counted": 200, "untouched": 120, "killed": 8, "damaged": 120, "bad_inputs": 200}
+SHORT |= {"same_bits": 60, "faults": 5, "soak": 2000, "wire": 40, "ranks": 15}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SHORT)
 def test_a_short_run_finds_nothing(script, tmp_path):
-    if script == "killed" and not hasattr(os, "fork"):
-        pytest.skip("forks")
+    if script in ("killed", "soak", "faults") and not hasattr(os, "fork"):
+        pytest.skip("kills processes")
     output = tmp_path / "results.json"
     command = [sys.executable, f"{script}.py", "--count", str(SHORT[script]), "--output", str(output)]
     run = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=240, check=False)

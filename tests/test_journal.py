@@ -349,7 +349,7 @@ def test_values_that_are_not_finite_are_evaluated_again(path):
 
 def test_values_that_are_not_finite_and_were_accepted_are_kept(path):
     class Accepting(Evaluator):
-        """In place of a policy that drops a direction: its values take no part."""
+        """Looks at the values that the policy accepts, and has them take no part."""
 
         def __init__(self):
             self.journal = Journal("loop", path)
@@ -361,7 +361,7 @@ def test_values_that_are_not_finite_and_were_accepted_are_kept(path):
                 yield values.nan_to_num(nan=0.0)
 
     seen = []
-    journaled = zero_order(num_samples=5, seed=0, evaluator=Accepting())(
+    journaled = zero_order(num_samples=5, seed=0, evaluator=Accepting(), failures=zograd.failures.Drop())(
         fn := Fn(lambda x: x.sum() * (math.nan if fn.calls == 4 else 1.0))
     )
     first = journaled.estimate(X)

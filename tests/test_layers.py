@@ -38,7 +38,9 @@ LEVELS = [
     ("L4.0", ["evaluators._dispatch"]),
     ("L4.1", ["_curvature", "_error_bars"]),
     ("L4.1", ["evaluators.loop", "evaluators.vmap", "evaluators.batched", "evaluators.pool"]),
-    ("L4.2", ["evaluators.journal"]),
+    ("L4.2", ["evaluators._exchange", "evaluators._inner"]),
+    ("L4.2", ["evaluators._reports"]),
+    ("L4.2", ["evaluators.distributed", "evaluators.journal"]),
     ("L4.3", ["evaluators"]),
     ("L4.4", ["_surrogate"]),
     ("L5", ["estimator"]),
@@ -55,7 +57,7 @@ LEVELS = [
     ("L7.7", ["diagnostics"]),
     ("L8", ["nn", "unrolled"]),
     ("L9.0", [""]),  # zograd itself
-    ("L9.1", ["compat"]),
+    ("L9.1", ["compat", "contrib", "contrib.rl"]),
     ("L9.2", ["compat.torchopt"]),
 ]
 LEVEL = {module: rank for rank, (_, modules) in enumerate(LEVELS) for module in modules}

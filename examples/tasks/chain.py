@@ -5,7 +5,7 @@ A Toeplitz matrix has one weight a diagonal: each cart is pushed by the same fun
 
 import torch
 
-CARTS, STEPS, STEP = 8, 60, 0.1
+CARTS, STEPS, STEP = 8, 40, 0.15
 WEIGHTS = 2 * (2 * CARTS - 1)
 SPRINGS = 2 * (torch.diag(torch.ones(CARTS - 1), 1) + torch.diag(torch.ones(CARTS - 1), -1) - 2 * torch.eye(CARTS))
 DIAGONALS = torch.arange(CARTS).view(1, -1) - torch.arange(CARTS).view(-1, 1) + CARTS - 1

@@ -13,6 +13,7 @@ WEIGHTS = 6  # of a linear policy: a matrix of 2 by 2, and 2 more
 STEPS, STRIDE = 100, 0.1
 
 
+@torch.no_grad()  # a simulator gives values and no gradients
 def walk(policies, box):
     """The places of every step; (..., 6) to (steps, ..., 2)."""
     flat = policies.reshape(-1, WEIGHTS)

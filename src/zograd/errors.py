@@ -9,6 +9,7 @@ __all__ = [
     "EvaluationTimeout",
     "JournalError",
     "NonFiniteError",
+    "RankError",
     "ReplayError",
     "SecondDerivativeError",
     "SharedStreamError",
@@ -43,6 +44,10 @@ class BudgetExceeded(RuntimeError):
 
 class JournalError(RuntimeError):
     """A journal is of another run, another program or another version, or is damaged."""
+
+
+class RankError(RuntimeError):
+    """Ranks of torch.distributed have no estimate in common: one failed, died, or disagrees with the others."""
 
 
 class EvaluationError(RuntimeError):

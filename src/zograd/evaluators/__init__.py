@@ -2,12 +2,13 @@
 
 from zograd.evaluators.base import Evaluator
 from zograd.evaluators.batched import Batched
+from zograd.evaluators.distributed import Distributed
 from zograd.evaluators.journal import Journal
 from zograd.evaluators.loop import Loop
 from zograd.evaluators.pool import Pool
 from zograd.evaluators.vmap import Vmap
 
-__all__ = ["EVALUATORS", "Batched", "Evaluator", "Journal", "Loop", "Pool", "Vmap"]
+__all__ = ["EVALUATORS", "Batched", "Distributed", "Evaluator", "Journal", "Loop", "Pool", "Vmap"]
 
 
 def __dir__() -> list[str]:

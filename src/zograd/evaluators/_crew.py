@@ -8,13 +8,14 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import weakref
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from zograd._threads import cores
 from zograd.errors import WorkerError
-from zograd.evaluators._worker import ping
+from zograd.evaluators._worker import ping, settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +42,7 @@ class Crew:
     def __init__(self, executor: Executor | None, factory: Callable[[], Executor] | None, workers: int | None) -> None:
         self.factory = factory
         self.names: set[str] = set()  # workers of this executor that have spoken
+        self.started: float = 0.0  # seconds that the first of them took to start
         self.lost: int = 0  # workers that are busy with what nobody waits for any more
         self._executor = executor
         self._workers = workers
@@ -67,14 +69,18 @@ class Crew:
     def _made(self, factory: Callable[[], Executor]) -> Executor:
         cause: BaseException | None = None
         for _ in range(_STARTS):
+            began = time.monotonic()
             executor = factory()
             if not callable(getattr(executor, "submit", None)):
                 raise TypeError(
                     f"`Pool(executor=...)`: the function must return an executor, got {type(executor).__name__} "
                     f"{executor!r:.80}."
                 )
+            if isinstance(executor, ProcessPoolExecutor) and getattr(executor, "_initializer", settle) is None:
+                executor._initializer = settle  # also for workers that never get a task
             try:
                 self.names = {executor.submit(ping).result()}
+                self.started = time.monotonic() - began
             except BrokenExecutor as error:
                 cause = error
                 end(executor)
@@ -93,7 +99,9 @@ class Crew:
         """Wait for a first worker, so that no clock runs while it starts."""
         executor = self.executor
         if not self.names:
+            began = time.monotonic()
             self.names.add(executor.submit(ping).result())
+            self.started = time.monotonic() - began
 
     @property
     def in_threads(self) -> bool:

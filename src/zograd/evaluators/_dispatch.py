@@ -29,6 +29,7 @@ __all__ = ["Dispatch"]
 _AHEAD = 2  # tasks under way for each worker: one that it does and one to go on with
 _LETHAL = 2  # deaths of workers after which a task is watched by itself
 torch_version = torch.__version__
+_PROOF = 3  # deaths by itself, in a row, that are not by chance: other workers may die of anything
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -40,6 +41,7 @@ class _Errand:
     hi: int
     tried: int = 0  # times that the policy let it be evaluated again
     deaths: int = 0  # of workers while it was under way
+    alone: int = 0  # of these, with nothing else under way
     with_job: bool = False  # to be sent with all that the job needs
     begun: float | None = None  # when a worker must have taken it
 
@@ -63,10 +65,10 @@ class _Values:
     there: list[bool] = field(default_factory=list)
     ready: int = 0  # of which all are there
 
-    def put(self, point: int, row: torch.Tensor) -> None:
+    def put(self, point: int, rows: torch.Tensor) -> None:
         at = point - self.first
-        self.rows[at] = row
-        self.there[at] = True
+        self.rows[at : at + len(rows)] = rows
+        self.there[at : at + len(rows)] = [True] * len(rows)
         while self.ready < len(self.there) and self.there[self.ready]:
             self.ready += 1
 
@@ -96,6 +98,7 @@ class Dispatch:
         self._serial = itertools.count()
         self._sent = 0  # times that the job was sent along, to this executor
         self._bringing: dict[str, _Errand] = {}  # what was last to bring the job, by the workers that missed it
+        self._settled: set[str] = set()  # workers that have answered
         self._values: _Values | None = None
         self._center: torch.Tensor | None = None
         self._proof: bytes | None = None
@@ -216,6 +219,7 @@ class Dispatch:
             self._bring(answer.worker, errand)
             return
         self._crew.names.add(answer.worker)
+        self._settled.add(answer.worker)
         if answer.proof is not None:
             self._check(answer.worker, *answer.proof)
         fn = self._fn
@@ -251,9 +255,9 @@ class Dispatch:
         shape, fn = self._fn.shape, self._fn
         rows = _read(answer.data).view(-1, *shape) if shape.numel() else torch.empty((errand.points, *shape))
         assert self._values is not None
-        for point, row in enumerate(rows, errand.lo):
-            self._values.put(point, row)
-            if fn.arrived is not None:
+        self._values.put(errand.lo, rows)
+        if fn.arrived is not None:
+            for point, row in enumerate(rows, errand.lo):
                 i, j = divmod(point, self._sides)
                 fn.arrived(i, j, row.item() if not shape else row.to(fn.value.device))
         return len(rows)
@@ -298,7 +302,11 @@ class Dispatch:
         self._renew()
         alone = len(errands) == 1 and errands[0].points == 1 and errands[0].deaths >= _LETHAL
         if alone:
-            self._failed(errands[0], self._died(errands[0], error))
+            errands[0].alone += 1
+            if errands[0].alone < _PROOF:
+                self._suspects.appendleft(errands[0])
+            else:
+                self._failed(errands[0], self._died(errands[0], error))
             return
         for errand in reversed(errands):
             errand.deaths += 1
@@ -311,6 +319,7 @@ class Dispatch:
         self._crew.end()
         self._sent = 0
         self._bringing.clear()
+        self._settled.clear()
 
     def _died(self, errand: _Errand, error: BaseException) -> WorkerError:
         died = WorkerError(f"`Pool`: a worker died while it evaluated {self._fn.name} at {self._where(errand)}.")
@@ -329,12 +338,12 @@ class Dispatch:
         fn.count(1)  # it did begin
         if errand.tried + 1 < tries(fn.policy):
             fn.fail(1, again=1)
-            errand.tried += 1
+            errand.tried, errand.alone = errand.tried + 1, 0
             self._waiting.appendleft(errand)
         elif fn.may_drop(index):
             fn.fail(1)
             assert self._values is not None
-            self._values.put(errand.lo, torch.as_tensor(fn.lost(), dtype=torch.float64).cpu())
+            self._values.put(errand.lo, torch.as_tensor(fn.lost(), dtype=torch.float64).cpu().unsqueeze(0))
         else:
             raise error
 
@@ -386,7 +395,9 @@ class Dispatch:
     def _deadline(self, errand: _Errand) -> float:
         assert self._timeout is not None
         assert errand.begun is not None
-        return errand.begun + self._timeout * errand.points
+        # As long as a worker may still be starting, or importing what fn needs, it has the time that the first one had.
+        starting = len(self._settled) < self._crew.workers
+        return errand.begun + self._timeout * errand.points + starting * (1 + 2 * self._crew.started)
 
     def _patience(self) -> float | None:
         """Seconds until the first task is late; each that a worker must have taken by now is on the clock."""

@@ -9,7 +9,9 @@ import pickle
 import signal
 import socket
 import threading
+import time
 import uuid
+from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from zograd.distributions.base import Distribution
     from zograd.failures import Failures
 
-__all__ = ["CENTER_POINT", "Answer", "Job", "Parcel", "Task", "at_home", "fingerprint", "ping", "work"]
+__all__ = ["CENTER_POINT", "Answer", "Job", "Parcel", "Task", "at_home", "fingerprint", "ping", "settle", "work"]
 
 CENTER_POINT = -1
 _REMEMBERED = 2  # jobs whose parameters a process keeps
@@ -202,7 +204,7 @@ class Place:
         objective.shape, objective.habits = torch.Size(task.shape), Habits(*task.habits)
         answer = Answer(_name())
         self._counts = [0, 0, 0]
-        values: list[torch.Tensor] = []
+        values: list[Value] = []
         try:
             # First, since the directions of a worker that makes others are not worth an evaluation.
             if not self.proven:
@@ -212,7 +214,7 @@ class Place:
                 stream.depth = job.depth
                 objective.stream = stream
                 if task.lo == CENTER_POINT:
-                    values.append(objective.center(self.points.center()).reshape(-1))
+                    values.append(objective.center(self.points.center()))
                     answer.dtype = str(objective.value.dtype).removeprefix("torch.")
                     answer.shape = tuple(objective.shape)
                 else:
@@ -224,28 +226,28 @@ class Place:
             answer.error = error
         finally:
             objective.stream = None
-        answer.data = b"".join(map(_bytes, values))
+        answer.data = _bytes(values)
         answer.counts = self._counts[0], self._counts[1], self._counts[2]
         answer.habits = objective.habits.differentiates, objective.habits.draws
         return answer
 
-    def _values(self, sides: tuple[float, ...], lo: int, hi: int) -> Iterator[torch.Tensor]:
+    def _values(self, sides: tuple[float, ...], lo: int, hi: int) -> Iterator[Value]:
         count = len(sides)
         points = self.points.only(sides)
         self.points = points  # with the span of directions that it made last
         for i in range(lo // count, -(-hi // count)):
             (point,) = points.rows(i, i + 1)
             for j in range(max(lo - i * count, 0), min(hi - i * count, count)):
-                yield _flat(self.objective(point(sides[j]), i))
+                yield self.objective(point(sides[j]), i)
 
 
-def _flat(value: Value) -> torch.Tensor:
-    return torch.as_tensor(value, dtype=torch.float64).reshape(-1)
-
-
-def _bytes(value: torch.Tensor) -> bytes:
-    host = value.detach().to("cpu", torch.float64).contiguous()
-    return ctypes.string_at(host.data_ptr(), 8 * host.numel()) if host.numel() else b""
+def _bytes(values: list[Value]) -> bytes:
+    """The values one after the other, as they are in memory."""
+    numbers = [value for value in values if isinstance(value, float)]
+    if len(numbers) == len(values):
+        return array("d", numbers).tobytes()
+    tensors = [torch.as_tensor(value).detach().to("cpu", torch.float64).contiguous() for value in values]
+    return b"".join(ctypes.string_at(t.data_ptr(), 8 * t.numel()) if t.numel() else b"" for t in tensors)
 
 
 def fingerprint(points: Points) -> bytes:
@@ -291,27 +293,27 @@ def _receive(key: bytes, parcel: Parcel | None) -> Job | None:
     job = _received[key] = parcel.open()
     while len(_received) > _REMEMBERED:
         _received.popitem(last=False)
-    _settle_in(job)
+    if job.modes.threads is not None and torch.get_num_threads() != job.modes.threads:
+        torch.set_num_threads(job.modes.threads)
+    if job.owned:
+        settle()
     return job
 
 
 _settled: list[int] = []  # the process that did; a fork has not
 
 
-def _settle_in(job: Job) -> None:
-    """What a worker process does once: take few threads, go with its parent, and be the head of its own children."""
+def settle() -> None:
+    """What a worker process of the pool's own does once: go with its parent, and be the head of its own children."""
     if _settled == [os.getpid()]:
         return
     _settled[:] = [os.getpid()]
-    if job.modes.threads is not None:
-        torch.set_num_threads(job.modes.threads)
-    if job.owned:
-        _own_group()
-        from multiprocessing import parent_process
+    _own_group()
+    from multiprocessing import parent_process
 
-        parent = parent_process()
-        if parent is not None:
-            threading.Thread(target=_go_with, args=(parent,), name="zograd-parent", daemon=True).start()
+    parent = parent_process()
+    if parent is not None or hasattr(os, "getppid"):
+        threading.Thread(target=_go_with, args=(parent,), name="zograd-parent", daemon=True).start()
 
 
 def _own_group() -> None:
@@ -323,7 +325,12 @@ def _own_group() -> None:
 
 def _go_with(parent: Any) -> None:
     """End with the process that the values are for, which may be killed without a word."""
-    parent.join()
+    if getattr(parent, "_sentinel", None) is not None:
+        parent.join()
+    else:  # not started by multiprocessing itself; there is nothing to wait for, but another parent shows
+        first = os.getppid()
+        while os.getppid() == first:
+            time.sleep(1)
     if hasattr(os, "killpg") and os.getpgid(0) == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)

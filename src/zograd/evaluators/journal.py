@@ -18,11 +18,10 @@ from zograd._digest import Digest, Undigestable, code_of
 from zograd._random import CENTER
 from zograd._versions import __version__
 from zograd.errors import JournalError, ReplayError
+from zograd.evaluators._inner import as_evaluator
 from zograd.evaluators._ledger import Ledger
 from zograd.evaluators.base import Evaluator
-from zograd.evaluators.batched import Batched
-from zograd.evaluators.loop import Loop
-from zograd.evaluators.vmap import Vmap
+from zograd.failures import dropping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,7 +34,6 @@ __all__ = ["Journal"]
 
 _FORMAT = "1"
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
-_NAMES: dict[str, type[Evaluator]] = {"loop": Loop, "vmap": Vmap, "batched": Batched}
 
 
 class Journal(Evaluator):
@@ -53,7 +51,8 @@ class Journal(Evaluator):
 
     The seed must be the same when the run is started again: give ``seed=``, or restore the state of ``generator=`` (of
     torch's global stream if there is neither). A module's center is evaluated again, for the traces it leaves (buffers,
-    attributes). Values that are not finite are written once the estimate has accepted them.
+    attributes). Values that are not finite are written once the estimate has accepted them, and read where
+    ``failures=`` is a policy that accepts them.
 
     Args:
         inner: how ``fn`` is called for what is not in the file, an evaluator or its name. It may be another one when
@@ -80,19 +79,11 @@ class Journal(Evaluator):
     def __init__(
         self, inner: Evaluator | str, path: str | os.PathLike[str], *, key: Callable[..., Any] | None = None
     ) -> None:
-        if isinstance(inner, str) and inner not in _NAMES:
-            raise ValueError(
-                f"`Journal(inner)` must be one of {', '.join(map(repr, _NAMES))} or an Evaluator, got {inner!r}."
-            )
-        if not isinstance(inner, (str, Evaluator)):
-            raise TypeError(
-                f"`Journal(inner)` must be an Evaluator or a name, got {type(inner).__name__} {inner!r:.80}."
-            )
+        self.inner: Evaluator = as_evaluator(inner, "Journal(inner)")
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"`Journal(path=...)` must be a path, got {type(path).__name__} {path!r:.80}.")
         if key is not None and not callable(key):
             raise TypeError(f"`Journal(key=...)` must be a function or None, got {type(key).__name__} {key!r:.80}.")
-        self.inner: Evaluator = _NAMES[inner]() if isinstance(inner, str) else inner
         self.path: str = os.fspath(path)
         self.key: Callable[..., Any] | None = key
         self.batched: bool = self.inner.batched
@@ -169,7 +160,9 @@ class _Page:
         self._ledger, self._key = ledger, key
         self._rows = ledger.read(key)
         self._pending: dict[int, bytes] = {}  # not finite: of use only if the estimate comes to its end
-        self.center = self._rows.get(CENTER)
+        self.center = self._rows.pop(CENTER, None)
+        if dropping(fn.policy) is None:  # what another policy gave up, this one has to evaluate
+            self._rows = {point: data for point, data in self._rows.items() if _finite(_from_bytes(data))}
 
     # ------------------------------------------------------------------------------------------ what is in the file
 

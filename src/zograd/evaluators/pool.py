@@ -40,8 +40,8 @@ class Pool(Evaluator):
 
     If a worker dies, a standard executor is broken for good. Give a function that makes the executor instead: then the
     pool makes it when needed and anew when it breaks, evaluates again what was under way, and ends it in the end. A
-    point at which a worker dies twice, with nothing else under way, counts as failed, and so does one that takes longer
-    than ``timeout``; ``failures=`` of :func:`zograd.zero_order` says what that means.
+    point at which workers die three times with nothing else under way counts as failed, and so does one that takes
+    longer than ``timeout``; ``failures=`` of :func:`zograd.zero_order` says what that means.
 
     Args:
         executor: an executor, which stays the caller's; or a function that makes one, which is the pool's. None makes

@@ -1,0 +1,1 @@
+"""Helpers for fields of use; each is a module of its own, and nothing else imports them."""
