@@ -264,10 +264,10 @@ class UnrolledEstimator(ABC):
         return begun
 
     def __repr__(self) -> str:
-        o, steps = self.options, f", window={self._fn.num}" if isinstance(self._fn, Steps) else ""
+        o = self.options
         return (
             f"{o.call}({self._typed.strip('`')}, num_samples={o.num_samples}, sigma={o.sigma}, "
-            f"distribution={o.distribution}, evaluator={o.evaluator}, seed={o.seed}{steps})"
+            f"distribution={o.distribution}, evaluator={o.evaluator}, seed={o.seed})"
         )
 
     # ---------------------------------------------------------------------------------------------------------- parts
