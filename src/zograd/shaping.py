@@ -26,6 +26,11 @@ import torch
 
 __all__ = ["Shaping", "centered_ranks", "leave_one_out", "standardize", "top_directions"]
 
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 Shaping: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
