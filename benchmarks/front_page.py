@@ -25,7 +25,7 @@ HEADLINES = {
     "es_maml": ("four corners, ES-MAML", "ES-MAML"),
     "nac": ("rough responses, NAC", "neural auto-curricula on Kuhn poker"),
     "bilevel": ("zograd: test accuracy", "weights of data sources through refits"),
-    "unrolled": ("influence balancing from 8, PES", "persistent evolution strategies"),
+    "unrolled": ("toy regression from 2488, PES", "persistent evolution strategies"),
     "finetune_forward_only": ("gain by MeZO", "an int8 model fitted by forward passes"),
     "black_box_layer": ("hard signs, N = 4 by sample", "hard signs in the middle of a network"),
 }
