@@ -32,6 +32,9 @@ class Distribution(ABC):
     """Whether each direction's marginals are standard normal: what Stein's identities rest on."""
     independent: ClassVar[bool] = True
     """Whether directions are independent of each other: what a standard error over directions rests on."""
+    symmetric: ClassVar[bool] = False
+    """Whether, in a family of dependent directions, each may change its sign without the others, as far as their law
+    goes: what a baseline from the others rests on."""
     parallel: ClassVar[bool] = False
     """Whether ``draw`` may run in a second thread while ``fn`` is evaluated, and gains by it."""
     factored: ClassVar[bool] = False
