@@ -116,6 +116,11 @@ def test_backward_and_the_transforms_see_it():
     torch.testing.assert_close(torch.func.grad(fn_)(X), grad)
 
 
+def test_the_product_with_a_cotangent_is_that_of_the_gradient():
+    found = decorated(close).estimate(X)
+    torch.testing.assert_close(found.vjp(torch.tensor(2.0)), 2 * found.grad)
+
+
 def test_the_second_derivative_is_that_of_the_values():
     vector = torch.ones_like(X)
     torch.testing.assert_close(decorated(close).estimate(X).hvp(vector), decorated(None).estimate(X).hvp(vector))
@@ -231,6 +236,14 @@ def test_nothing_outside_is_changed():
 def test_settings_without_an_unbiased_estimate_are_refused(settings, message):
     with pytest.raises(ValueError, match=r"`zero_order\(surrogate=...\)` has no unbiased estimate here: .*" + message):
         decorated(close, **settings)
+
+
+def test_inference_mode_has_no_gradient_for_it():
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"needs its gradient: use `torch.no_grad\(\)`"):
+        decorated(close).estimate(X)
+    with torch.no_grad():
+        without = decorated(close).estimate(X).grad
+    assert torch.equal(without, decorated(close).estimate(X).grad)
 
 
 def test_it_is_a_function():

@@ -122,6 +122,8 @@ class Surrogate:
         if not isinstance(out, torch.Tensor) or tuple(out.shape) != wanted:
             got = f"the shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else f"{out!r:.80}"
             raise ValueError(f"{self._typed} must return a tensor of shape {wanted}, as `fn` does, got {got}.")
+        if torch.is_inference_mode_enabled():
+            raise ValueError(f"{self._typed} needs its gradient: use `torch.no_grad()`, not `torch.inference_mode()`.")
         if not out.requires_grad:
             raise ValueError(
                 f"{self._typed} must be differentiable by autograd in the differentiated arguments: what it returned "
@@ -225,7 +227,7 @@ class ControlVariate:
             squares = half.aa + 2 * a * half.ab + a * a * half.bb
             total += squares - 2 * self._mean * (half.na + a * half.nb) + self._mean.square() * half.squares
         variance = total.clamp_(min=0) * (groups.count / (groups.count - 1) / len(groups.directions) ** 2)
-        return ErrorBars(self.mean, variance.to(self.mean), groups, self._both)
+        return ErrorBars(self.mean, variance, groups, self._both)
 
     def _both(self) -> tuple[torch.Tensor, torch.Tensor]:
         first, second = (
