@@ -61,6 +61,11 @@ class Distribution(ABC):
         del space
         return vector
 
+    def at_radii(self, sigma: tuple[float, ...]) -> Distribution:
+        """The family for points with these smoothing radii, one a leaf: itself, unless it knows places in the space."""
+        del sigma
+        return self
+
     def group(self, space: Space, num: int) -> int:
         """Directions, counted from the first, that make a group independent of the next; a last one may be smaller."""
         return 1 if self.independent else self.rows(space, num)
