@@ -120,7 +120,7 @@ class Guided(Dense):
         noise[0].mul_(math.sqrt(self.alpha)).add_(inside, alpha=math.sqrt(self._inside(basis)))
 
     def covariance(self, space: Space, vector: torch.Tensor) -> torch.Tensor:
-        """S times a vector of shape (size,); where leaves have a radius each, in units of which S is, between the two."""
+        """S times a vector of shape (size,); where leaves have a radius each, S is in units of it."""
         basis, radii = self.subspace(space), self._radii(space).to(vector)
         pieces = vector.view(space.slices, space.dim, 1) * radii
         projected = basis.to(vector) @ (basis.to(vector).mT @ pieces)
@@ -176,11 +176,8 @@ class Guided(Dense):
         if type(self) is not type(other) or not isinstance(other, Guided):
             return False
         mine, others = self._leaves, other._leaves
-        return (
-            (self.alpha, self._sigma) == (other.alpha, other._sigma)
-            and len(mine) == len(others)
-            and all(map(torch.equal, mine, others))
-        )
+        same = (self.alpha, self._sigma, len(mine)) == (other.alpha, other._sigma, len(others))
+        return same and all(map(torch.equal, mine, others))
 
     def __hash__(self) -> int:
         return hash((type(self), self.alpha))
