@@ -157,7 +157,7 @@ def set_up(
     check_radii(sigma, o.method, space.dtype, o.call)
     warn_below_resolution(tuple([p.detach() for p in leaves]), sigma, o.call)
     num = cast("int", o.num_samples)  # None is for directions with another mean than zero
-    recipe = WindowRecipe(o.distribution, o.method, num, sigma, o.evaluator)
+    recipe = WindowRecipe(o.distribution.at_radii(sigma), o.method, num, sigma, o.evaluator)
     # A number stands for the packed state, and the function comes as an argument: so a journal reads what it does.
     arguments = flatten((params, 0.0, fn, *args), {}, (0, 1))
     packed = arguments.form.spans[1][0]
