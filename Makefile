@@ -42,17 +42,21 @@ demo: $(VENV)/.stamp-examples  ## run the quickstart example
 	$(RUN) examples/quickstart.py
 
 # Those with a table, from which reproductions.py makes the page; the quickstart has a target of its own.
-EXAMPLES := $(filter-out quickstart check reproductions,$(basename $(notdir $(wildcard examples/*.py))))
+EXAMPLES := $(filter-out quickstart check reproductions simulator,$(basename $(notdir $(wildcard examples/*.py))))
 
 examples: $(VENV)/.stamp-examples  ## run all examples in full and make docs/reproductions.md (an hour)
 	@for name in $(EXAMPLES); do \
 		OMP_NUM_THREADS=1 $(RUN) examples/$$name.py --output docs/images/$$name.png || exit 1; done
 	$(RUN) examples/check.py --figure docs/images/check.png
+	rm -rf build/simulator
+	OMP_NUM_THREADS=1 $(RUN) examples/simulator.py --folder build/simulator
 	$(RUN) examples/reproductions.py
 
 examples-quick: $(VENV)/.stamp-examples  ## run a smoke of each example (a minute)
 	@mkdir -p build/examples; for name in $(EXAMPLES); do \
 		OMP_NUM_THREADS=1 $(RUN) examples/$$name.py --quick --output build/examples/$$name.png || exit 1; done
+	rm -rf build/simulator
+	OMP_NUM_THREADS=1 $(RUN) examples/simulator.py --folder build/simulator --steps 2
 
 bench: $(BENCH)/.stamp  ## compare speed and memory with other packages, in an environment of its own (10 minutes)
 	cd benchmarks && ../$(BENCH_RUN) compare.py && ../$(BENCH_RUN) memory.py && ../$(BENCH_RUN) fixed_cost.py && ../$(BENCH_RUN) page.py
