@@ -33,6 +33,7 @@ LEVELS = [
     ("L2.3", ["distributions"]),
     ("L3", ["_points", "_objective", "_overlay", "_replica"]),
     ("L4.0", ["evaluators.base", "evaluators._ledger", "evaluators._shipping", "tracking", "_contraction"]),
+    ("L4.0", ["evaluators._twins"]),
     ("L4.0", ["evaluators._worker"]),
     ("L4.0", ["evaluators._crew"]),
     ("L4.0", ["evaluators._dispatch"]),
