@@ -30,7 +30,7 @@ def run(path: Path) -> nbformat.NotebookNode:
         cell.metadata = {}
     client = NotebookClient(notebook, timeout=600, record_timing=False, coalesce_streams=True, kernel_name="python3")
     client.execute()
-    notebook.metadata = {**KERNEL, "language_info": {"name": "python"}, "outputs_of": digest(notebook)}
+    notebook.metadata = {**KERNEL, "language_info": {"name": "python", "pygments_lexer": "ipython3"}, "outputs_of": digest(notebook)}
     nbformat.validate(notebook)
     return notebook
 

@@ -1,6 +1,8 @@
 """How good a gradient is, told from the values it was made of."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -260,3 +262,39 @@ def test_of_the_directions_that_were_not_dropped(shaping):
 def test_of_blocks_with_dropped_directions_none_is_known():
     with pytest.raises(ValueError, match=r"directions were dropped, and those of Orthogonal.* depend on each other"):
         dropped(Orthogonal()).standard_error()
+
+
+# ------------------------------------------------------------------------------------------------------------ any size
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e18, 1e25])
+def test_the_size_of_fn_changes_nothing(size):
+    """Squares of such numbers leave the range of float32."""
+    plain = estimate(x=X.float(), function=lambda x: fn(x.double()))
+    sized = estimate(x=X.float(), function=lambda x: fn(x.double()) * size)
+    assert sized.snr() == pytest.approx(plain.snr(), rel=1e-4)
+    assert sized.samples_needed() == plain.samples_needed()
+    torch.testing.assert_close(sized.standard_error() / size, plain.standard_error())
+
+
+def test_parts_of_a_shaped_estimate_hold_two_values_at_least():
+    few = estimate(num=3, method="naive", shaping=standardize)
+    assert few.standard_error().isfinite().all()
+    with pytest.raises(ValueError, match=r"a part of 1 has nothing to be compared with: `num_samples` must be at .* 4"):
+        few.split_half_cosine()
+    with pytest.raises(ValueError, match=r"`estimate.standard_error\(\)` shapes parts of the values on their own"):
+        estimate(num=2, method="naive", shaping=centered_ranks).snr()
+    assert -1 <= estimate(num=4, method="naive", shaping=standardize).split_half_cosine() <= 1
+
+
+def total(x):
+    """At module level, since lambdas do not pickle."""
+    return x.square().sum()
+
+
+@pytest.mark.parametrize("shaping", [None, standardize])
+def test_an_estimate_that_was_asked_still_pickles(shaping):
+    found = estimate(function=total, shaping=shaping)
+    snr = found.snr()
+    assert pickle.loads(pickle.dumps(found)).snr() == snr
+    assert copy.deepcopy(found).snr() == snr

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -412,6 +413,28 @@ def test_a_worker_that_ends_once_costs_nothing(tmp_path, fn, batch_size):
     with Pool(processes(), batch_size, timeout=0.3) as pool:
         got = estimate(fn, pool, args=(str(tmp_path / "once"),), failures=policy)
     assert torch.equal(got.grad, estimate(cubes).grad)
+
+
+def test_threads_that_share_a_pool_do_not_end_each_others_workers(tmp_path):
+    """One death makes one new executor; if several estimates made it anew, each would end that of the others."""
+    made, asked = [], []
+
+    class Recorded(concurrent.futures.ProcessPoolExecutor):
+        def submit(self, fn, /, *args):
+            asked.extend(task.key for task in args[:1])
+            return super().submit(fn, *args)
+
+    def factory():
+        made.append(Recorded(2, mp_context=simulators.CONTEXT))
+        return made[-1]
+
+    with Pool(factory) as pool, ThreadPoolExecutor(3) as threads:
+        estimate(cubes, pool)
+        tasks = [(simulators.rests,), (simulators.rests,), (simulators.kills_once, (str(tmp_path / "once"),))]
+        shares = [threads.submit(estimate, fn, pool, args=args) for fn, *rest in tasks for args in (rest or [()])]
+        assert all(torch.equal(done.result(120).grad, estimate(cubes).grad) for done in shares)
+    assert len(made) == 2
+    assert [key for key, _ in itertools.groupby(asked)] == list(dict.fromkeys(asked)), "estimates ran into each other"
 
 
 def test_an_executor_of_others_that_breaks_is_a_named_error(tmp_path):

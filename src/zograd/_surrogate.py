@@ -114,14 +114,20 @@ class Surrogate:
             raise NonFiniteError(f"{self._typed} has a non-finite value or gradient at a point of the estimate.")
         return values, flat
 
-    def _call(self, params: Leaves) -> Any:
-        args, kwargs = self._build(params)
-        return self._h(*args, **kwargs)
+    def _call(self, params: Leaves) -> torch.Tensor:
+        args, kwargs = self._build(tuple(p.clone() for p in params))  # which h may write to, like fn
+        out = self._h(*args, **kwargs)
+        if not isinstance(out, torch.Tensor):  # here, since vmap has its own words for it
+            raise ValueError(f"{self._typed} must return a tensor, got {type(out).__name__} {out!r:.80}.")
+        return out
 
-    def _check(self, out: Any, wanted: tuple[int, ...]) -> None:
-        if not isinstance(out, torch.Tensor) or tuple(out.shape) != wanted:
-            got = f"the shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else f"{out!r:.80}"
-            raise ValueError(f"{self._typed} must return a tensor of shape {wanted}, as `fn` does, got {got}.")
+    def _check(self, out: torch.Tensor, wanted: tuple[int, ...]) -> None:
+        if tuple(out.shape) != wanted:
+            raise ValueError(
+                f"{self._typed} must return a tensor of shape {wanted}, as `fn` does, got the shape {tuple(out.shape)}."
+            )
+        if torch.is_inference_mode_enabled():
+            raise ValueError(f"{self._typed} needs its gradient: use `torch.no_grad()`, not `torch.inference_mode()`.")
         if not out.requires_grad:
             raise ValueError(
                 f"{self._typed} must be differentiable by autograd in the differentiated arguments: what it returned "
@@ -225,7 +231,7 @@ class ControlVariate:
             squares = half.aa + 2 * a * half.ab + a * a * half.bb
             total += squares - 2 * self._mean * (half.na + a * half.nb) + self._mean.square() * half.squares
         variance = total.clamp_(min=0) * (groups.count / (groups.count - 1) / len(groups.directions) ** 2)
-        return ErrorBars(self.mean, variance.to(self.mean), groups, self._both)
+        return ErrorBars(self.mean, variance, groups, self._both)
 
     def _both(self) -> tuple[torch.Tensor, torch.Tensor]:
         first, second = (

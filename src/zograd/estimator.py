@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zograd._contraction import Contraction, contract, weigh
+from zograd._contraction import Contraction, by_slice, contract, weigh
 from zograd._curvature import by_direction, differences, hessian_product, refusal, refused
 from zograd._error_bars import ErrorBars, Groups, compared, spread
 from zograd._points import Directions, Points
@@ -112,6 +112,12 @@ class Evidence:
     def reshaped(self, kept: torch.Tensor) -> torch.Tensor:
         """The coefficients that a shaping makes of the values of some directions alone, zero at the others."""
         kept = kept if self.alive is None else kept & self.alive
+        num, sides = int(kept.sum()), len(self.recipe.scheme.sides)
+        if num * sides < 2:
+            raise ValueError(
+                f"`estimate.standard_error()` shapes parts of the values on their own, and a part of {num} has nothing "
+                "to be compared with: `num_samples` must be at least 4 here."
+            )
         rows = torch.zeros(len(kept), 1, dtype=torch.float64)
         rows[kept, 0] = _shaped(_joined(self._pieces)[kept], self._center, self.recipe).cpu()
         return rows
@@ -177,8 +183,12 @@ class Estimate:
                 f"`estimate.vjp(cotangent)` must have the shape of the value, {tuple(self.value.shape)}, got "
                 f"{tuple(cotangent.shape)}."
             )
-        weights = weigh(self.coefficients, cotangent, self.directions.space)
-        flat = contract(self.directions, self.sigma, weights)
+        space = self.directions.space
+        if self._flat is None:
+            flat = contract(self.directions, self.sigma, weigh(self.coefficients, cotangent, space))
+        else:  # not from the coefficients: a surrogate has a part in it
+            by_value = by_slice(cotangent.to(self._flat), space, 0)
+            flat = (self._flat.view(space.slices, space.dim) * by_value).view(-1)
         check_gradient(flat, cotangent)
         return self._tree(flat)
 
@@ -333,6 +343,9 @@ class Estimate:
         space = self.directions.space
         return self._structure(space.cast(space.split(flat)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: part for name, part in self.__dict__.items() if name != "_error_bars"}  # made again if asked for
+
     def __repr__(self) -> str:
         return (
             f"Estimate(value={self.value}, num_samples={len(self.directions)}, evaluations={self.evaluations}, "
@@ -448,6 +461,8 @@ def _run(
             pieces.close()
     if waits:
         directions = directions.first(hi)
+        if drop and recipe.until:
+            _check_survivors(drop, lost, hi, objective.name)
         kept = [_survivors(_joined(seen), center, recipe)]
         if lost:
             _warn_of_dropped(lost, hi, objective.name)

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MeZO", "Records", "replay"]
 
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 _SEED_BITS = 32  # of a step: what a record holds
 
 
@@ -74,6 +79,9 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.seeds)
+
+    def __repr__(self) -> str:
+        return f"Records(steps={len(self)}, num_samples={self.num_samples}, distribution={self.distribution})"
 
     @property
     def nbytes(self) -> int:
@@ -357,6 +365,13 @@ class MeZO(torch.optim.Optimizer):
         seed = self._seed
         drawn = draw_seed(None, self._generator) if seed is None else derive(seed, len(self.records))
         return drawn & ((1 << _SEED_BITS) - 1)
+
+    def __repr__(self) -> str:
+        groups = [{name: group[name] for name in ("lr", "sigma", "weight_decay")} for group in self.param_groups]
+        settings = {**groups[0], "num_samples": self.num_samples, "distribution": self.distribution, "seed": self._seed}
+        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        others = f", other groups: {groups[1:]}" if len(groups) > 1 else ""
+        return f"MeZO({shown}{others})"
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("num_samples", "distribution", "records", "_seed", "_generator", "_warned")

@@ -104,7 +104,7 @@ class LowRank(Tiled):
         return max(super().rows(space, num), min(_TOGETHER, space.size // self.width(space)))
 
     def parts(self, space: Space, noise: Noise) -> Noise:
-        """For each leaf its two factors, (rows, out, rank) and (rows, rest, rank), or (rows, *shape)."""
+        """For each leaf its two factors, (rows, out, rank) and (rows, rest, rank), or the values by (rows, shape)."""
         rows, parts = noise[0], []
         num = rows.shape[0]
         for leaf, shape in zip(_layout(space.shapes, self.rank), space.shapes, strict=True):

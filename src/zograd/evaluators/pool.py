@@ -113,7 +113,7 @@ class Pool(Evaluator):
         if lo == hi and not elsewhere:
             return
         dispatch = Dispatch(self._crew, self._parcel(fn, points), fn, points, self.batch_size, self.timeout)
-        with dispatch:
+        with self._crew.turn(), dispatch:
             if elsewhere:
                 yield dispatch.center()
             yield from dispatch.directions(lo, hi)
