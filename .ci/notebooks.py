@@ -30,7 +30,8 @@ def run(path: Path) -> nbformat.NotebookNode:
         cell.metadata = {}
     client = NotebookClient(notebook, timeout=600, record_timing=False, coalesce_streams=True, kernel_name="python3")
     client.execute()
-    notebook.metadata = {**KERNEL, "language_info": {"name": "python", "pygments_lexer": "ipython3"}, "outputs_of": digest(notebook)}
+    language = {"name": "python", "pygments_lexer": "ipython3"}
+    notebook.metadata = {**KERNEL, "language_info": language, "outputs_of": digest(notebook)}
     nbformat.validate(notebook)
     return notebook
 
