@@ -145,8 +145,8 @@ def test_two_standard_errors_hold_the_target_in_95_percent(distribution, num, ch
 
 WEIGHTS = torch.tensor([1.0, -0.5, 0.8, 0.3, -1.2, 0.6], dtype=torch.float64)
 BLOCKED = {
-    # A group of 12 signs is 16 rows, one of 300 Sobol dimensions 256 points. With fewer signs a group's estimate takes so
-    # few values that two errors hold 93.6 % of a binomial law.
+    # A group of 12 signs is 16 rows, one of 300 Sobol dimensions 256 points. With fewer signs a group's estimate takes
+    # so few values that two errors hold 93.6 % of a binomial law.
     "hadamard": (Hadamard(), 12, 40 * 16, 300),
     "sobol": (Sobol(), 300, 24 * 256, 6),
 }
