@@ -409,7 +409,11 @@ def test_the_mean_of_guided_estimates_is_the_covariance_times_the_gradient(alpha
     checks.mean(products, S.flatten(), effect=0.15, what="covariance")
     target = S @ problem.gradient
     torch.testing.assert_close(family.covariance(estimate.directions.space, problem.gradient), target)
-    checks.mean(estimate.coefficients[:, None] * rows / 0.5, target, effect=0.2 * float(problem.gradient.norm()))
+    each = estimate.coefficients[:, None] * rows / 0.5
+    checks.mean(each, target, effect=0.2 * float(problem.gradient.norm()))
+    # Var = |S g|^2 + tr(S) g.S g, by Isserlis; with S = I the (d + 1) |g|^2 of Gaussian directions.
+    g = problem.gradient
+    checks.trace(each, target, float(target @ target + 5 * g @ target), effect=0.15, what="guided")
 
 
 def test_a_gradient_in_the_subspace_stays_in_it_whatever_the_radius_of_each_leaf():

@@ -144,7 +144,7 @@ def test_the_second_derivative_is_that_of_the_values():
 @pytest.mark.parametrize("num", [1, 2, 7])
 def test_the_mean_is_the_same_however_wrong_it_is(method, num, checks):
     """Also with so few directions that the factors are mostly noise."""
-    settings = decorated(wrong, method=method, num=num, evaluator="vmap")
+    settings = decorated(wrong, method=method, num=num, evaluator="batched")
     samples = torch.stack([settings.replace(seed=checks.seed()).estimate(X).grad for _ in range(1500)])
     spread = samples.std(dim=0).amax()
     target = SLOPE + 3 * X**2 if method == "fourth_order" else TARGET
@@ -154,7 +154,7 @@ def test_the_mean_is_the_same_however_wrong_it_is(method, num, checks):
 @pytest.mark.statistics
 @pytest.mark.parametrize("distribution", [Orthogonal(), Sobol()], ids=["orthogonal", "sobol"])
 def test_the_mean_is_the_same_for_every_family_with_gaussian_marginals(distribution, checks):
-    settings = decorated(wrong, distribution, num=5, evaluator="vmap")
+    settings = decorated(wrong, distribution, num=5, evaluator="batched")
     samples = torch.stack([settings.replace(seed=checks.seed()).estimate(X).grad for _ in range(1500)])
     checks.mean(samples, TARGET, effect=float(0.4 * samples.std(dim=0).amax()))
 
@@ -167,15 +167,15 @@ def test_a_close_one_takes_most_of_the_noise_off():
 
     def errors(surrogate):
         settings = decorated(
-            surrogate, function=lambda x: slope @ x + 0.3 * (x**3).sum(), num=50, evaluator="vmap", sigma=0.2
+            surrogate, function=lambda x: x @ slope + 0.3 * (x**3).sum(dim=-1), num=50, evaluator="batched", sigma=0.2
         )
         target = slope + 0.9 * (x**2 + 0.2**2)
         found = [settings.replace(seed=seed).estimate(x).grad for seed in range(40)]
         return sum((g - target).square().sum() for g in found) / 40 / target.square().sum()
 
     assert 0.8 < errors(None) < 1.2
-    assert errors(lambda x: slope @ x) < 0.05
-    assert errors(lambda x: slope @ x + 0.25 * (x**2).sum()) < 0.02
+    assert errors(lambda x: x @ slope) < 0.05
+    assert errors(lambda x: x @ slope + 0.25 * (x**2).sum(dim=-1)) < 0.02
 
 
 @pytest.mark.parametrize("num", [10, 40])
@@ -183,7 +183,7 @@ def test_a_useless_one_costs_little(num):
     """Mean squared errors over 200 estimates, each about 10 % of their deviation: at most a tenth more for N = 40."""
 
     def error(surrogate):
-        settings = decorated(surrogate, num=num, evaluator="vmap")
+        settings = decorated(surrogate, num=num, evaluator="batched")
         found = [settings.replace(seed=seed).estimate(X).grad for seed in range(200)]
         return sum((g - TARGET).square().sum() for g in found) / 200
 
@@ -196,7 +196,7 @@ def test_a_useless_one_costs_little(num):
 def test_its_error_bars_are_true(distribution, surrogate, checks):
     """Two standard errors hold the target in 93 to 97 %; see test_error_bars for the rate of false alarms."""
     num = 64 if distribution.independent else 40 * D
-    settings = decorated(surrogate, distribution, num=num, evaluator="vmap")
+    settings = decorated(surrogate, distribution, num=num, evaluator="batched")
     found = [settings.replace(seed=checks.seed()).estimate(X) for _ in range(400)]
     inside = torch.stack([(e.grad - TARGET).abs() < 2 * e.standard_error() for e in found]).double().mean()
     assert 0.93 < inside < 0.97

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from zograd._objective import Objective
     from zograd._points import Points
-    from zograd._tree import Leaves
+    from zograd._tree import Leaves, Space
     from zograd.distributions.base import Distribution
     from zograd.evaluators.base import Evaluator
     from zograd.schemes import Scheme
@@ -139,11 +139,12 @@ class _Half:
     """Sums over every other group, of its sum A of ``fn``'s part and its sum B of the surrogate's.
 
     Args:
-        size: values of a direction.
+        space: the layout of the parameters.
     """
 
-    def __init__(self, size: int) -> None:
-        self.a, self.b, self.aa, self.ab, self.bb, self.na, self.nb = torch.zeros(7, size, dtype=torch.float64)
+    def __init__(self, space: Space) -> None:
+        totals = torch.zeros(7, space.size, dtype=torch.float64, device=space.device)
+        self.a, self.b, self.aa, self.ab, self.bb, self.na, self.nb = totals
         self.groups = self.directions = self.squares = 0
 
     def add(self, held: int, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -184,8 +185,8 @@ class ControlVariate:
     def __init__(self, surrogate: Surrogate, points: Points, scheme: Scheme, coefficients: torch.Tensor) -> None:
         directions = points.directions
         self._groups = Groups(directions, points.sigma)
-        self._halves = (_Half(directions.space.size), _Half(directions.space.size))
-        self._collect(self._rows(surrogate, points, scheme, coefficients))
+        self._halves = (_Half(directions.space), _Half(directions.space))
+        self._collect(self._rows(surrogate, points, scheme, coefficients.to(directions.space.device)))
         first, second = self._halves
         self.factors: tuple[float, float] = (second.factor(), first.factor())
         total = sum(half.a + a * half.b for a, half in zip(self.factors, self._halves, strict=True))
@@ -196,9 +197,9 @@ class ControlVariate:
         self, surrogate: Surrogate, points: Points, scheme: Scheme, coefficients: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """The parts of ``fn`` and of the surrogate for some directions at a time, float64 rows of shape (size,)."""
-        center = torch.tensor(surrogate.center() if scheme.uses_center else 0.0, dtype=torch.float64)
+        center = coefficients.new_tensor(surrogate.center() if scheme.uses_center else 0.0)
         slopes = {c: w * c for c, w in zip(scheme.offsets, scheme.weights, strict=True) if c}
-        radii = self._groups.radii(torch.zeros((), dtype=torch.float64))
+        radii = self._groups.radii(torch.zeros((), dtype=torch.float64, device=points.directions.space.device))
         for lo, values, gradients in surrogate.spans():
             hi = lo + len(values)
             eps = self._groups.rows(lo, hi).double() / radii

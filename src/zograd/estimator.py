@@ -96,12 +96,14 @@ class Evidence:
         """The second difference along each direction, float64 of shape (N, *out), the mean of the others removed."""
         values, alive = _joined(self._pieces), self.alive
         if alive is None:
-            return differences(self.recipe.scheme, directions, values, self._center)
+            rows = differences(self.recipe.scheme, directions, values, self._center)
+            return rows.to(directions.space.device)  # of a black box on the CPU they are there
         if not directions.distribution.independent:
             raise SecondDerivativeError(
                 refused(f"directions were dropped, and those of {directions.distribution} depend on each other")
             )
-        return _spread(differences(self.recipe.scheme, directions, values[alive], self._center), alive)
+        rows = _spread(differences(self.recipe.scheme, directions, values[alive], self._center), alive)
+        return rows.to(directions.space.device)
 
     @cached_property
     def alive(self) -> torch.Tensor | None:
@@ -523,7 +525,7 @@ def _controlled(
         )
     recipe = evidence.recipe
     approximation = Surrogate(surrogate, objective, points, recipe.evaluator)
-    evidence.control = ControlVariate(approximation, points, recipe.scheme, coefficients.cpu())
+    evidence.control = ControlVariate(approximation, points, recipe.scheme, coefficients)
     check_gradient(evidence.control.mean)
     return evidence.control.mean
 
