@@ -528,9 +528,10 @@ def test_the_arguments_that_a_partial_holds_count(path):
         got = zero_order(num_samples=2, seed=0, evaluator=Journal("loop", path))(held).estimate(X)
         assert got.evaluations == fresh
         torch.testing.assert_close(got.value, X.sum() * scale * gravity)
+    held = functools.partial(uses, simulator=Simulator(9.8))
+    other = Journal("loop", f"{path} of another")
     with pytest.raises(TypeError, match=r"is needed: an argument that `partial` holds has no digest.*Simulator"):
-        held = functools.partial(uses, simulator=Simulator(9.8))
-        zero_order(evaluator=Journal("loop", f"{path} of another"))(held).estimate(X)
+        zero_order(evaluator=other)(held).estimate(X)
 
 
 def test_the_key_of_a_module_is_called_with_the_arguments_of_forward(path):
