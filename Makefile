@@ -18,7 +18,7 @@ BENCH_RUN := $(BENCH)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 .DELETE_ON_ERROR:
 # Two pip runs at once would break the environment.
 .NOTPARALLEL:
-.PHONY: help setup test test-statistics mutants chaos demo examples examples-quick bench bench-statistics bench-quick notebooks lint format types ci docs docs-test docs-links build clean FORCE
+.PHONY: help setup test test-statistics mutants chaos demo examples examples-quick bench bench-statistics bench-quick bench-peers notebooks lint format types ci docs docs-test docs-links build clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +69,9 @@ bench-statistics: $(BENCH)/.stamp  ## count the evaluations that each direction 
 
 bench-quick: $(BENCH)/.stamp  ## compare speed on the smaller workloads (2 minutes)
 	cd benchmarks && ../$(BENCH_RUN) compare.py --quick
+
+bench-peers: $(BENCH)/.stamp  ## verify each point of the comparison with other packages (2 minutes)
+	cd benchmarks/peers && OMP_NUM_THREADS=1 ../../$(BENCH_RUN) table.py
 
 lint: $(VENV)/.stamp-lint  ## check the format and the style
 	$(RUN) -m ruff format --check .

@@ -71,6 +71,21 @@ def test_import_paths():
     assert torchopt.nn.ZeroOrderGradientModule is ZeroOrderGradientModule
 
 
+def test_from_imports():
+    """As programs write them, the package's name aside; the decorator's module can be called, too."""
+    from zograd.compat.torchopt import diff, nn
+    from zograd.compat.torchopt.diff import zero_order as module
+    from zograd.compat.torchopt.diff.zero_order import zero_order as decorator
+    from zograd.compat.torchopt.diff.zero_order.nn import ZeroOrderGradientModule as there
+    from zograd.compat.torchopt.nn import ZeroOrderGradientModule as here
+
+    assert (diff, nn) == (torchopt.diff, torchopt.nn)
+    assert here is there is ZeroOrderGradientModule
+    assert module is diff.zero_order
+    assert decorator is zero_order
+    assert module(distribution, num_samples=3)(torch.sum).options.num_samples == 3
+
+
 def test_signature_and_defaults_are_those_of_the_page():
     parameters = inspect.signature(zero_order).parameters
     assert list(parameters)[:5] == ["distribution", "method", "argnums", "num_samples", "sigma"]

@@ -611,3 +611,291 @@ def test_a_cheap_model_of_my_simulator():
         lambda x: (x**2).sum() + 0.01 * x.round().sum()
     )
     assert torch.isfinite(decorated.estimate(torch.ones(5)).grad).all()
+
+
+# -------------------------------------------------------------------------- ten strangers, from the documentation alone
+
+
+class Cart:
+    """In the form of a gymnasium environment: a cart is to be kept at the origin of a track; it starts anywhere."""
+
+    def reset(self, *, seed=None, options=None):
+        self.x, self.v, self.left = np.random.default_rng(seed).uniform(-1, 1), 0.0, 30
+        return np.array([self.x, self.v]), {}
+
+    def step(self, action):
+        self.v += 0.3 * (1 if action == 1 else -1)
+        self.x, self.left = self.x + 0.1 * self.v, self.left - 1
+        return np.array([self.x, self.v]), -abs(self.x), False, self.left == 0, {}
+
+
+def test_stranger_a_policy_of_discrete_actions():
+    """RL researcher: my policy is a network, I maximize the return, and I want ranks as everyone has them."""
+    torch.manual_seed(0)
+    policy, env = nn.Linear(2, 2), Cart()
+
+    @zero_order(method="antithetic", num_samples=16, sigma=0.3, shaping=zograd.shaping.centered_ranks)
+    def episode_return(params, env):
+        observation, _ = env.reset(seed=zograd.current_seed())
+        total, done = 0.0, False
+        while not done:
+            logits = torch.func.functional_call(policy, params, (torch.as_tensor(observation, dtype=torch.float32),))
+            observation, reward, terminated, truncated, _ = env.step(int(logits.argmax()))
+            total, done = total + reward, terminated or truncated
+        return total
+
+    def score():
+        with torch.no_grad():
+            return np.mean([float(episode_return(dict(policy.named_parameters()), env)) for _ in range(20)])
+
+    nn.init.zeros_(policy.weight)
+    before = score()
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.1, maximize=True)
+    for _ in range(15):
+        optimizer.zero_grad()
+        episode_return(dict(policy.named_parameters()), env).backward()
+        optimizer.step()
+    assert score() > before / 2  # both are negative
+
+
+def test_stranger_a_slow_simulator_on_all_cores():
+    """Engineer: all cores, a time limit, a retry for the license server. I guess the short spellings first."""
+    with pytest.raises(ValueError, match=r"such as `zograd.evaluators.Pool\(workers=4\)`, got 'pool'"):
+        zero_order(evaluator="pool")
+    with pytest.raises(TypeError, match=r"For that many processes write `Pool\(workers=4\)`"):
+        zograd.evaluators.Pool(4)
+    with zograd.evaluators.Pool(workers=2, timeout=60) as pool, zograd.Tracker(budget=100) as tracker:
+        cost = zero_order(
+            method="forward", num_samples=10, sigma=0.5, evaluator=pool, failures=zograd.failures.Retry(3)
+        )(slow)
+        x = torch.full((3,), 1.2, requires_grad=True)
+        cost(x).backward()
+    assert x.grad.shape == (3,)
+    assert tracker.evaluations == 11
+
+
+def test_stranger_fine_tuning_by_forward_passes():
+    """Fine-tuner: a frozen body, a head, a scheduler; my habit is `loss.backward(); optimizer.step()`."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    model[0].requires_grad_(False)
+    body, x = copy.deepcopy(model[0].state_dict()), torch.randn(64, 4)
+    y = (x[:, 0] > 0).long()
+    optimizer = zograd.optim.MeZO(model.parameters(), lr=0.3, sigma=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+    with pytest.raises(TypeError, match=r"needs a closure that returns the loss.*write `opt.step\(lambda:"):
+        optimizer.step()
+    losses = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        losses.append(float(optimizer.step(lambda: nn.functional.cross_entropy(model(x), y))))
+        schedule.step()
+    assert np.mean(losses[-10:]) < 0.75 * losses[0]
+    assert all(torch.equal(body[k], v) for k, v in model[0].state_dict().items())
+
+
+class Quantize(nn.Module):
+    def forward(self, x):
+        return (4 * x).round() / 4
+
+
+def test_stranger_a_quantizer_as_a_layer():
+    """Network builder: my layer has no parameters; I wrap it, then I decorate it, and then do what the errors say."""
+    x = torch.randn(16, 3)
+    with pytest.raises(
+        RuntimeError, match=r"no parameters\..*`zero_order\(...\)\(lambda x: module\(x\)\)`, with `batch_dim=0`"
+    ):
+        zograd.nn.ZeroOrder(Quantize())(x)
+    with pytest.raises(TypeError, match=r"or decorate `lambda x: module\(x\)` for the gradient of its input"):
+        zero_order(batch_dim=0)(Quantize())
+    module = Quantize()
+    layer = zero_order(method="antithetic", num_samples=8, sigma=0.3, batch_dim=0)(lambda x: module(x))
+    before, after = nn.Linear(3, 5), nn.Linear(5, 1)
+    after(layer(before(x))).pow(2).mean().backward()
+    assert before.weight.grad.any()
+    assert after.weight.grad.any()
+
+
+def test_stranger_a_module_does_not_swallow_its_inputs_gradient():
+    """Network builder again: my wrapped objective also gets an activation that should train; it must say no."""
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return (self.scale * x).round().sum()
+
+    net, x = zograd.nn.ZeroOrder(Loss()), torch.ones(3, requires_grad=True)
+    with pytest.warns(zograd.ZeroOrderWarning, match=r"Parameters alone do: detach it, or decorate a function of it"):
+        net(x).backward()
+
+
+def test_stranger_one_gradient_to_ten_digits():
+    """Numerical analyst: central differences against the formula, gradcheck, and a step too small for float32."""
+
+    def fn(x):
+        return (x.sin() * x.exp()).sum()
+
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64, requires_grad=True)
+    central = zero_order(zograd.distributions.Coordinate(), "antithetic", num_samples=None, sigma=1e-5)(fn)
+    torch.testing.assert_close(central.estimate(x).grad, torch.func.grad(fn)(x), rtol=1e-8, atol=1e-9)
+    assert torch.autograd.gradcheck(central, x)
+    with pytest.raises(ValueError, match=r"such as 'forward' or 'antithetic'"):
+        zero_order(zograd.distributions.Coordinate(), num_samples=None, sigma=1e-5)
+    with pytest.warns(zograd.ZeroOrderWarning, match=r"below the resolution of torch\.float32.*float64 parameters"):
+        central.replace(sigma=1e-10).estimate(x.detach().float() + 2)
+
+
+def test_stranger_torchopt_with_its_own_import_lines():
+    """TorchOpt user: I put `zograd.compat.` before each `torchopt` and nothing else."""
+    import zograd.compat.torchopt as torchopt
+    from zograd.compat.torchopt.diff.zero_order import zero_order as decorator
+    from zograd.compat.torchopt.nn import ZeroOrderGradientModule
+
+    class Net(ZeroOrderGradientModule, method="forward", num_samples=200, sigma=0.1):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.fc(x).sum()
+
+        def sample(self, sample_shape=torch.Size()):
+            return torch.randn(sample_shape)
+
+    torch.manual_seed(0)
+    net = Net()
+    grads = torch.autograd.grad(net(torch.ones(3, 2)), net.parameters())
+    assert torch.cosine_similarity(torch.cat([g.flatten() for g in grads]), torch.ones(3), dim=0) > 0.9
+    for decorate in (decorator, torchopt.diff.zero_order):
+        loss = decorate(lambda shape: torch.randn(shape), method="antithetic", num_samples=2, sigma=0.1)(torch.sum)
+        loss(torch.ones(2, requires_grad=True)).backward()
+
+
+def test_stranger_f1_as_the_loss():
+    """Metric user: sklearn's F1; I hand the decorator my model, then its parameters, before I find the module."""
+    from sklearn.metrics import f1_score
+
+    def loss(model, x, label):
+        return 1 - f1_score(label.numpy(), model(x).argmax(dim=1).numpy(), average="macro")
+
+    torch.manual_seed(0)
+    label = torch.randint(2, (100,))
+    x, model = torch.randn(100, 3) + 2 * label[:, None], nn.Linear(3, 2)
+    decorated = zero_order(method="antithetic", num_samples=16, sigma=0.3)(loss)
+    with pytest.raises(
+        ValueError, match=r"got Linear: use `zograd.nn.ZeroOrder\(module, ...\)`, or pass its parameters"
+    ):
+        decorated(model, x, label)
+    with pytest.raises(ValueError, match=r"got generator: pass `list\(...\)` of it"):
+        decorated(model.parameters(), x, label)
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x, label):
+            return loss(self.model, x, label)
+
+    net = zograd.nn.ZeroOrder(Loss(), method="antithetic", num_samples=16, sigma=0.3)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
+    for _ in range(30):
+        optimizer.zero_grad()
+        net(x, label).backward()
+        optimizer.step()
+    assert loss(model, x, label) < 0.1
+
+
+def test_stranger_a_noisy_function_in_numpy():
+    """Noisy function: numpy arrays in and out, and noise as large as the signal; as many samples as it takes."""
+
+    @zero_order(method="antithetic", num_samples=zograd.Until(snr=3, at_most=2000), sigma=0.5, seed=0)
+    def measure(x):
+        luck = np.random.default_rng(zograd.current_seed())
+        return float(((np.asarray(x) - 1) ** 2).sum() + luck.normal(0, 5))
+
+    with pytest.raises(ValueError, match=r"got ndarray: pass `torch.tensor\(...\)` of it"):
+        measure(np.zeros(3))
+    estimate = measure.estimate(torch.zeros(3))
+    assert (estimate.grad < 0).all()
+    assert estimate.evaluations < 500
+    report = zograd.check(measure, torch.zeros(3), budget=500)
+    assert report.calls.deterministic is False
+    assert (
+        report.suggestion.method == "antithetic"
+    )  # the noise of both sides is one; the forward difference needs 1000 N
+
+
+def test_stranger_error_bars():
+    """Error bars: each entry as value and deviation, of a function and of a module, and the N for a tenth of it.
+
+    A deviation of 4 fails one entry of a right estimate in 16,000, and the seed is fixed.
+    """
+    x = torch.linspace(0.5, 1.5, 4)
+    fn = zero_order(method="antithetic", num_samples=400, sigma=0.05, seed=0)(lambda x: (x**2).sum())
+    estimate = fn.estimate(x)
+    error = estimate.standard_error()
+    assert ((estimate.grad - 2 * x).abs() < 4 * error).all()
+    tenth = fn.replace(num_samples=40_000, evaluator="vmap").estimate(x).standard_error()
+    torch.testing.assert_close(tenth, error / 10, rtol=0.2, atol=0)
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(x.clone())
+
+        def forward(self):
+            return (self.w**2).sum()
+
+    net = zograd.nn.ZeroOrder(Loss(), method="antithetic", num_samples=50, seed=0)
+    bars = net.estimate().standard_error()
+    assert {name: e.shape for name, e in bars.items()} == {"module.w": (4,)}
+
+
+def test_stranger_resume_after_a_kill(tmp_path):
+    """Resume: a journal and a checkpoint of all that has a `state_dict`; then the same program again."""
+    calls = []
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(3))
+
+        def forward(self):
+            calls.append(1)
+            if len(calls) == dies_at:
+                raise KeyboardInterrupt("killed")
+            return (self.w - 1).square().sum()
+
+    def program(folder):
+        journal = zograd.evaluators.Journal("loop", folder / "run.journal")
+        generator = torch.Generator().manual_seed(0)
+        net = zograd.nn.ZeroOrder(Loss(), method="antithetic", num_samples=4, evaluator=journal, generator=generator)
+        optimizer, first = torch.optim.Adam(net.parameters(), lr=0.1), 0
+        if (folder / "checkpoint.pt").exists():
+            saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+            net.load_state_dict(saved["net"])
+            optimizer.load_state_dict(saved["optimizer"])
+            first = saved["step"]
+        for step in range(first, 6):
+            saved = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            torch.save(saved, folder / "checkpoint.pt")
+            optimizer.zero_grad()
+            net().backward()
+            optimizer.step()
+        return net.module.w.detach()
+
+    dies_at = None
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    wanted = program(tmp_path / "whole")
+    total = len(calls)
+    calls.clear()
+    dies_at = 25
+    with pytest.raises(KeyboardInterrupt, match="killed"):
+        program(tmp_path / "killed")
+    assert torch.equal(program(tmp_path / "killed"), wanted)
+    assert len(calls) <= total + 2  # what was under way, and the center of the step it was in

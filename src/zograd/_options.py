@@ -281,7 +281,10 @@ def _evaluator(value: Any, typed: str, call: str) -> Evaluator:
     if not isinstance(value, str):
         raise TypeError(f"{typed} must be a name or an Evaluator, got {type(value).__name__} {value!r:.80}.")
     if value not in EVALUATORS:
-        raise ValueError(f"{typed} must be one of {', '.join(map(repr, EVALUATORS))} or an Evaluator, got {value!r}.")
+        raise ValueError(
+            f"{typed} must be one of {', '.join(map(repr, EVALUATORS))} or an Evaluator, such as "
+            f"`zograd.evaluators.Pool(workers=4)`, got {value!r}."
+        )
     return EVALUATORS[value]()
 
 

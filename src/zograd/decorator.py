@@ -9,7 +9,7 @@ import importlib
 import inspect
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 
@@ -158,7 +158,8 @@ class ZeroOrderFunction(Generic[P]):
         if not arguments.chosen:
             raise ValueError(
                 f"`{self.options.call}(argnums={self.options.argnums})`: no floating-point tensor to differentiate in "
-                f"these arguments of {self._typed}. (For a method, argument 0 is the one after `self`.)"
+                f"these arguments of {self._typed}{_instead(argnums, args, kwargs)}. "
+                "(For a method, argument 0 is the one after `self`.)"
             )
         return arguments
 
@@ -187,7 +188,7 @@ class ZeroOrderFunction(Generic[P]):
                 self._setups.clear()
             setup = self._setups[key] = self._set_up(arguments, chosen)
         if setup.lost is not None:
-            _warn_of_lost_gradients(setup.lost, self._typed)
+            _warn_of_lost_gradients(setup.lost, self._typed, module=self.options.call != "zero_order")
         others = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         plan = Plan(setup, self.fn, Arguments(arguments.form, arguments.spec, others, chosen), self._habits)
         return plan, tuple([leaves[i] for i in setup.positions])
@@ -318,10 +319,30 @@ def _lost_gradient(arguments: Arguments) -> torch.Size | None:
     return next((x.shape for x in others if x.requires_grad), None)
 
 
-def _warn_of_lost_gradients(shape: torch.Size, typed: str) -> None:
+def _instead(argnums: tuple[int | str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What stands where the tensors should, and what to write for the kinds of it that are met most."""
+    found = args[argnums[0]] if isinstance(argnums[0], int) else kwargs[argnums[0]]
+    got = f", got {type(found).__name__}"
+    if isinstance(found, torch.nn.Module):
+        return (
+            f"{got}: use `zograd.nn.ZeroOrder(module, ...)`, or pass its parameters, `dict(module.named_parameters())`"
+        )
+    if isinstance(found, Iterator):
+        return f"{got}: pass `list(...)` of it, or a dict"
+    if isinstance(found, (float, int)) or (hasattr(found, "__array__") and not isinstance(found, torch.Tensor)):
+        return f"{got}: pass `torch.tensor(...)` of it, in floating point, with `requires_grad=True` for `backward()`"
+    return f"{got} of {found.dtype}" if isinstance(found, torch.Tensor) else got
+
+
+def _warn_of_lost_gradients(shape: torch.Size, typed: str, *, module: bool) -> None:
+    remedy = (
+        "Parameters alone do: detach it, or decorate a function of it by `zograd.zero_order`."
+        if module
+        else "Name its argument in `argnums`, or detach it."
+    )
     warnings.warn(
         f"{typed} gets a tensor of shape {tuple(shape)} that requires grad outside its differentiated arguments: it "
-        "gets no gradient through this call. Name its argument in `argnums`, or detach it.",
+        f"gets no gradient through this call. {remedy}",
         ZeroOrderWarning,
         stacklevel=4,
     )
@@ -444,7 +465,8 @@ def zero_order(
         if isinstance(fn, torch.nn.Module):
             raise TypeError(
                 f"`zero_order` decorates functions, got the module {type(fn).__name__}: use "
-                "`zograd.nn.ZeroOrder(module, ...)`, which differentiates its parameters."
+                "`zograd.nn.ZeroOrder(module, ...)`, which differentiates its parameters, or decorate "
+                "`lambda x: module(x)` for the gradient of its input."
             )
         if not callable(fn):
             raise TypeError(f"`zero_order(...)` must decorate a callable, got {type(fn).__name__} {fn!r:.80}.")

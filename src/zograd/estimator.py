@@ -411,16 +411,21 @@ def check_radii(sigma: tuple[float, ...], scheme: Scheme, dtype: torch.dtype, ca
         )
 
 
+def _wider(dtype: torch.dtype) -> str:
+    return {torch.float32: "float64 parameters", torch.float64: "smaller parameters"}.get(dtype, "float32 parameters")
+
+
 def warn_below_resolution(params: Leaves, sigma: tuple[float, ...], call: str) -> None:
-    """A half-precision leaf rounds small steps away, and with them its gradient."""
+    """A leaf rounds steps below its resolution away, and with them its gradient."""
     for leaf, radius in zip(params, sigma, strict=True):
-        if leaf.dtype not in (torch.bfloat16, torch.float16):
-            continue
-        resolution = torch.finfo(leaf.dtype).eps * float(leaf.abs().mean(dtype=torch.float32))
+        eps = torch.finfo(leaf.dtype).eps
+        if leaf.dtype not in (torch.bfloat16, torch.float16) and radius > 100 * eps:
+            continue  # the mean would cost time in each estimate, and few parameters are that large
+        resolution = eps * float(leaf.abs().mean(dtype=torch.promote_types(leaf.dtype, torch.float32)))
         if radius < resolution / 2:
             warnings.warn(
                 f"`{call}(sigma=...)` is {radius:g}, below the resolution of {leaf.dtype} at a typical parameter, "
-                f"{resolution:.2g}: most perturbations round to nothing. Use a larger sigma or float32 parameters.",
+                f"{resolution:.2g}: most perturbations round to nothing. Use a larger sigma or {_wider(leaf.dtype)}.",
                 ZeroOrderWarning,
                 stacklevel=2,
             )

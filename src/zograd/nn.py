@@ -104,6 +104,7 @@ class _ZeroOrderModule(nn.Module):
     """What the two modules share: a call that differentiates the trainable parameters by their values."""
 
     zero_order_options: Options
+    _without_parameters: ClassVar[str] = ""  # what else its user may have meant
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run ``forward``; with grad mode on, the result carries the estimate for the trainable parameters.
@@ -174,7 +175,7 @@ class _ZeroOrderModule(nn.Module):
     def _trainable(self) -> dict[str, nn.Parameter]:
         parameters = dict(self.named_parameters())
         if not parameters:
-            raise RuntimeError("The module has no parameters.")
+            raise RuntimeError(f"The module has no parameters.{self._without_parameters}")
         return {name: p for name, p in parameters.items() if p.requires_grad}
 
     def _function(self, trainable: dict[str, nn.Parameter]) -> ZeroOrderFunction[Any]:
@@ -314,6 +315,11 @@ class ZeroOrder(_ZeroOrderModule):
         >>> net.module.linear.weight.grad.shape
         torch.Size([3, 2])
     """
+
+    _without_parameters: ClassVar[str] = (
+        " `ZeroOrder` differentiates those; for the gradient of a module's input decorate a function of it: "
+        "`zero_order(...)(lambda x: module(x))`, with `batch_dim=0` for a layer."
+    )
 
     def __init__(
         self,

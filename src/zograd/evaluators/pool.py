@@ -87,7 +87,7 @@ class Pool(Evaluator):
         if executor is not None and not made and not callable(executor):
             raise TypeError(
                 "`Pool(executor=...)` must be an Executor, a function that makes one, or None, got "
-                f"{type(executor).__name__} {executor!r:.80}."
+                f"{type(executor).__name__} {executor!r:.80}.{_meant(executor)}"
             )
         self.batch_size: int = batch_size
         self.timeout: float | None = timeout
@@ -169,6 +169,11 @@ class Pool(Evaluator):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
         return self  # a copy of a module works with the same workers
+
+
+def _meant(executor: Any) -> str:
+    count = isinstance(executor, int) and not isinstance(executor, bool) and executor > 0
+    return f" For that many processes write `Pool(workers={executor})`." if count else ""
 
 
 def _check_count(value: Any, name: str, *, none: bool) -> None:
