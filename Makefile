@@ -18,7 +18,7 @@ BENCH_RUN := $(BENCH)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 .DELETE_ON_ERROR:
 # Two pip runs at once would break the environment.
 .NOTPARALLEL:
-.PHONY: help setup test test-statistics mutants chaos demo examples examples-quick bench bench-statistics bench-quick lint format types ci docs docs-test docs-links build clean FORCE
+.PHONY: help setup test test-statistics mutants chaos demo examples examples-quick bench bench-statistics bench-quick notebooks lint format types ci docs docs-test docs-links build clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,9 @@ examples-quick: $(VENV)/.stamp-examples  ## run a smoke of each example (a minut
 		OMP_NUM_THREADS=1 $(RUN) examples/$$name.py --quick --output build/examples/$$name.png || exit 1; done
 	rm -rf build/simulator
 	OMP_NUM_THREADS=1 $(RUN) examples/simulator.py --folder build/simulator --steps 2
+
+notebooks: $(VENV)/.stamp-docs  ## run the tutorial notebooks and write their outputs down (2 minutes)
+	$(RUN) .ci/notebooks.py
 
 bench: $(BENCH)/.stamp  ## compare speed and memory with other packages, in an environment of its own (10 minutes)
 	cd benchmarks && ../$(BENCH_RUN) compare.py && ../$(BENCH_RUN) memory.py && ../$(BENCH_RUN) fixed_cost.py && ../$(BENCH_RUN) page.py
