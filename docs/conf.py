@@ -1,6 +1,5 @@
 """Settings of Sphinx for `make docs`; the pages are Markdown, the reference comes from the docstrings."""
 
-import logging
 import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -21,9 +20,6 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
-
-# The contents keep places for pages that are still to come, and Sphinx has no name for this warning to suppress it by.
-logging.getLogger("sphinx.sphinx.directives.other").addFilter(lambda record: "glob pattern" not in str(record.msg))
 
 # The code of the pages runs in tests/test_docs.py and that of the notebooks in a target of its own: once, in one place.
 nb_execution_mode = "off"

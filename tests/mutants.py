@@ -477,6 +477,20 @@ MUTANTS = [
         "with_job = True",
         (POOL,),
     ),
+    Mutant(
+        "records that show every number",
+        "optim.py",
+        'return f"Records(steps={len(self)}, num',
+        'return f"Records({self.__dict__}{len(self)}, num',
+        ("test_public.py",),
+    ),
+    Mutant(
+        "completion that offers the modules of the parts",
+        "evaluators/__init__.py",
+        "    return list(__all__)",
+        "    return list(globals())",
+        ("test_public.py",),
+    ),
 ]
 
 
