@@ -14,7 +14,10 @@ from nbclient import NotebookClient
 
 TUTORIALS = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
 # What differs from run to run or from machine to machine without saying anything.
-KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+KERNEL = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+}
 
 
 def digest(notebook: nbformat.NotebookNode) -> str:
@@ -30,7 +33,7 @@ def run(path: Path) -> nbformat.NotebookNode:
         cell.metadata = {}
     client = NotebookClient(notebook, timeout=600, record_timing=False, coalesce_streams=True, kernel_name="python3")
     client.execute()
-    notebook.metadata = {**KERNEL, "language_info": {"name": "python", "pygments_lexer": "ipython3"}, "outputs_of": digest(notebook)}
+    notebook.metadata = {**KERNEL, "outputs_of": digest(notebook)}
     nbformat.validate(notebook)
     return notebook
 

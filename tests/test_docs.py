@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 REFERENCE = sorted((DOCS / "api").glob("*.md"))
+NOTEBOOKS = sorted((DOCS / "tutorials").glob("*.ipynb"))  # tests/test_notebooks.py looks into them
 WITHOUT_CODE = ("design.md", "reliability.md", "reproductions.md", "speed.md")
 # What a page shows beyond the tests' packages; the extra `docs` has it, with which `make docs` runs all pages.
 NEEDS = {"integrations.md": ("gymnasium", "pytorch_lightning", "tensorboard")}
@@ -49,7 +50,7 @@ def in_the_contents():
 
 
 def test_every_page_is_in_the_contents_once():
-    pages = [path.relative_to(DOCS).with_suffix("").as_posix() for path in [*PAGES[1:], *REFERENCE]]
+    pages = [path.relative_to(DOCS).with_suffix("").as_posix() for path in [*PAGES[1:], *REFERENCE, *NOTEBOOKS]]
     entries = in_the_contents()
     for name in set(pages) - {"index"}:
         assert sum(fnmatch(name, entry) for entry in entries) == 1, name

@@ -107,7 +107,7 @@ DAMAGES = {
     "does not compile": lambda notebook: printing(notebook).update(source="print(1"),
     "of other code": lambda notebook: printing(notebook).update(source="print(1)"),
     "not a notebook": lambda notebook: printing(notebook).pop("metadata"),
-    "machine in an output": lambda notebook: printing(notebook).outputs[0].update(text="/home/someone/x.py"),
+    "machine in an output": lambda notebook: printing(notebook).outputs[0].update(text="/usr/lib/x.py"),
     "machine in a source": lambda notebook: notebook.cells[0].update(source="see /tmp/x"),
     "a warning": lambda notebook: printing(notebook).outputs[0].update(name="stderr"),
     "KeyError": lambda notebook: printing(notebook).outputs.append(an_error()),
