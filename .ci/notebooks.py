@@ -14,10 +14,7 @@ from nbclient import NotebookClient
 
 TUTORIALS = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
 # What differs from run to run or from machine to machine without saying anything.
-KERNEL = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python", "pygments_lexer": "ipython3"},
-}
+KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 
 
 def digest(notebook: nbformat.NotebookNode) -> str:
@@ -33,7 +30,8 @@ def run(path: Path) -> nbformat.NotebookNode:
         cell.metadata = {}
     client = NotebookClient(notebook, timeout=600, record_timing=False, coalesce_streams=True, kernel_name="python3")
     client.execute()
-    notebook.metadata = {**KERNEL, "outputs_of": digest(notebook)}
+    language = {"name": "python", "pygments_lexer": "ipython3"}
+    notebook.metadata = {**KERNEL, "language_info": language, "outputs_of": digest(notebook)}
     nbformat.validate(notebook)
     return notebook
 

@@ -66,13 +66,13 @@ def evaluations():
     report = load("benchmarks", "evaluations")
     if report is None:
         return "`make bench-statistics` has not been run."
-    names = list(dict.fromkeys(name for result in report["results"] for name in result["cosine"]))
+    names = list(dict.fromkeys(name for result in report["problems"].values() for name in result["cosine"]))
     rows = []
     for name in names:
-        nums = [result["cosine"].get(name) for result in report["results"]]
+        nums = [result["cosine"].get(name) for result in report["problems"].values()]
         rows.append([name, *(f"{2 * num:,}" if num else "" for num in nums)])
     return (
-        table(["evaluations for a cosine of 0.9", *(result["problem"] for result in report["results"])], rows)
+        table(["evaluations for a cosine of 0.9", *(result["problem"] for result in report["problems"].values())], rows)
         + "\n\n`make bench-statistics`; antithetic differences throughout."
     )
 

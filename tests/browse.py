@@ -116,18 +116,17 @@ def seen_in_browser(root, screenshots):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         for width, height in WIDTHS.items():
-            for scheme in ("light", "dark"):
-                context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-                for name in names:
-                    yield from look(context, address, name, f"{width}-{scheme}", screenshots)
-                yield from search(context, address, f"{width}-{scheme}")
-                context.close()
+            context = browser.new_context(viewport={"width": width, "height": height})
+            for name in names:
+                yield from look(context, address, name, width, screenshots)
+            yield from search(context, address, width)
+            context.close()
         browser.close()
     server.shutdown()
 
 
-def look(context, address, name, mode, screenshots):
-    """Open one page."""
+def look(context, address, name, width, screenshots):
+    """Open one page, and turn it dark."""
     page, problems = context.new_page(), []
     page.on("console", lambda m: problems.append(f"console: {m.text}") if m.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: problems.append(f"error: {error}"))
@@ -136,23 +135,25 @@ def look(context, address, name, mode, screenshots):
     page.goto(address + name, wait_until="load")
     page.evaluate("document.querySelectorAll('img[loading=lazy]').forEach(i => i.loading = 'eager')")
     page.wait_for_function("[...document.images].every(i => i.complete)")
-    problems += page.evaluate(LOOK)
-    if screenshots:
-        file = screenshots / mode / name.replace("/", "-").replace(".html", ".png")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=file, full_page=True)
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        problems += page.evaluate(LOOK)
+        if screenshots:
+            file = screenshots / f"{width}-{scheme}" / name.replace("/", "-").replace(".html", ".png")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=file, full_page=True)
     page.close()
-    yield from (f"{name} at {mode}: {problem}" for problem in problems)
+    yield from (f"{name} at {width}: {problem}" for problem in problems)
 
 
-def search(context, address, mode):
+def search(context, address, width):
     """Search for a word as a reader would."""
     page = context.new_page()
     page.goto(f"{address}search.html?q={SEARCHED}")
     try:
         page.wait_for_selector("#search-results li a", timeout=20_000)
     except Exception as error:
-        yield f"search at {mode}: nothing found for {SEARCHED!r}: {str(error).splitlines()[0]}"
+        yield f"search at {width}: nothing found for {SEARCHED!r}: {str(error).splitlines()[0]}"
     page.close()
 
 

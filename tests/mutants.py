@@ -451,9 +451,23 @@ MUTANTS = [
     ),
     Mutant(
         "threads that share a module",
-        "evaluators/_shipping.py",
-        "return types.CellType(copy.deepcopy(held, memo)) if isinstance(held, torch.nn.Module) else cell",
-        "return cell",
+        "evaluators/_twins.py",
+        "return copy.deepcopy(value, self._memo)",
+        "return value",
+        (POOL,),
+    ),
+    Mutant(
+        "threads that share a module through a function that uses it",
+        "evaluators/_twins.py",
+        "    return any(_uses_module(part, seen) for part in _parts(value))\n",
+        "    return any(isinstance(part, torch.nn.Module) for part in _parts(value))\n",
+        (POOL,),
+    ),
+    Mutant(
+        "estimates that run into each other in a pool's own processes",
+        "evaluators/_crew.py",
+        "return self._turns if self.owned",
+        "return contextlib.nullcontext() if self.owned",
         (POOL,),
     ),
     Mutant(

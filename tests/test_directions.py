@@ -426,6 +426,14 @@ def test_a_gradient_in_the_subspace_stays_in_it_whatever_the_radius_of_each_leaf
     torch.testing.assert_close(flat(found.grad), stated, rtol=0.2, atol=0)
 
 
+def test_directions_in_a_subspace_are_the_same_under_autocast():
+    options = {"method": "antithetic", "num_samples": 6, "sigma": 0.1, "seed": 0}
+    fn = zero_order(Guided(torch.randn(60, 2, generator=torch.Generator().manual_seed(0))), **options)(torch.sum)
+    plain = fn.estimate(torch.zeros(60))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fn.estimate(torch.zeros(60)).coefficients, plain.coefficients)
+
+
 def test_a_basis_has_many_forms():
     def fn(p):
         return (p["a"] * 2).sum() + (p["b"] ** 2).sum()

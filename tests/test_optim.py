@@ -53,6 +53,16 @@ def test_a_step_is_sgd_on_the_antithetic_estimate(shapes, distribution, num_samp
     assert all(map(torch.equal, params, twins))
 
 
+def test_points_are_in_full_precision_in_a_closure_with_autocast():
+    def cast(params):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_of(params)
+
+    options = {"distribution": LowRank(2), "num_samples": 3}
+    plain, other = (trained(parameters([(30, 40)]), loss=loss, **options) for loss in (loss_of, cast))
+    assert plain.records.coefficients == other.records.coefficients
+
+
 @pytest.mark.parametrize("shapes", [SMALL, LARGE], ids=["small", "large"])
 def test_groups_have_settings_of_their_own(shapes):
     params = parameters(shapes)

@@ -1,6 +1,7 @@
 """Pool: the bits of Loop from any executor, and what becomes of all that can go wrong in a worker."""
 
 import concurrent.futures
+import functools
 import importlib.util
 import itertools
 import os
@@ -167,6 +168,47 @@ def test_threads_never_share_a_module(threads):
     assert_same(estimate(closed), estimate(closed, threads))
     for p, q in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(p, q)
+
+
+shared_net = nn.Linear(3, 2)
+
+
+def by_helper(x):
+    return call(x, shared_net)
+
+
+def through(x, net=shared_net):
+    return call(x, net)
+
+
+def recurs(x, deep=2):
+    return recurs(x, deep - 1) if deep else by_helper(x)
+
+
+def uses_modules_everywhere():
+    """Functions that use a module from all the places where Python lets them."""
+    nets = [nn.Linear(3, 2)]
+
+    class Own:
+        def run(self, x):
+            return call(x, shared_net)
+
+    return {
+        "a function that it calls": by_helper,
+        "a default": through,
+        "a function inside": lambda x: max(call(x, net) for net in [shared_net]),
+        "a list": lambda x: call(x, nets[0]),
+        "itself": recurs,
+        "a method": Own().run,
+        "a wrapper": functools.wraps(by_helper)(lambda x: by_helper(x)),
+        "a partial": functools.partial(through),
+    }
+
+
+@pytest.mark.parametrize("where", uses_modules_everywhere())
+def test_threads_never_share_a_module_wherever_it_is(threads, where):
+    fn = uses_modules_everywhere()[where]
+    assert_same(estimate(fn, num_samples=6), estimate(fn, threads, num_samples=6))
 
 
 class Simulator:

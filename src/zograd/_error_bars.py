@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zograd._contraction import contract, full_precision
+from zograd._contraction import contract
+from zograd._precision import full_precision
 from zograd.distributions.base import Dense
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from zograd._autograd import Plan, Setup, is_tracked
-from zograd._contraction import full_precision
 from zograd._objective import Objective
 from zograd._particles import SIDES, Particles, Values, draw, evaluate
+from zograd._precision import full_precision
 from zograd._random import derive
 from zograd._tree import Arguments, Leaves, Space, flatten, sigma_per_leaf, unsupported
 from zograd.errors import ZeroOrderWarning

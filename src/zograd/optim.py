@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zograd._contraction import contract, full_precision
+from zograd._contraction import contract
 from zograd._objective import as_tensor, wants_grad
 from zograd._overlay import Overlay
 from zograd._points import Directions
+from zograd._precision import full_precision
 from zograd._random import FnStream, derive, draw_seed
 from zograd._tree import Leaves, Space, unsupported
 from zograd.distributions.adapter import adapt
