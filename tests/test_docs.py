@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 REFERENCE = sorted((DOCS / "api").glob("*.md"))
+NOTEBOOKS = sorted((DOCS / "tutorials").glob("*.ipynb"))  # tests/test_notebooks.py looks into them
 WITHOUT_CODE = ("design.md", "reliability.md", "reproductions.md", "speed.md")
 # What a page shows beyond the tests' packages; the extra `docs` has it, with which `make docs` runs all pages.
 NEEDS = {"integrations.md": ("gymnasium", "pytorch_lightning", "tensorboard")}
