@@ -352,6 +352,27 @@ MUTANTS = [
         (DISTRIBUTED,),
     ),
     Mutant(
+        "a guiding subspace is taken as it is where leaves have a sigma each",
+        "distributions/guided.py",
+        "_orthonormal(self._columns(space) * self._radii(space))",
+        "_orthonormal(self._columns(space))",
+        ("test_directions.py",),
+    ),
+    Mutant(
+        "the directions that must survive are counted by the bound of Until",
+        "estimator.py",
+        "_check_survivors(drop, lost, hi, objective.name)",
+        "_check_survivors(drop, lost, len(points), objective.name)",
+        ("test_until.py",),
+    ),
+    Mutant(
+        "vjp forgets the surrogate",
+        "estimator.py",
+        "        if self._flat is None:\n            flat = contract(",
+        "        if True:\n            flat = contract(",
+        ("test_surrogate.py",),
+    ),
+    Mutant(
         "error bars take dependent directions for independent ones",
         "_error_bars.py",
         "        return self.directions.distribution.group(self.directions.space, self.directions.num)\n",

@@ -228,3 +228,11 @@ def test_leave_one_out_keeps_the_mean_of_orthogonal_directions(lengths, method, 
     rows = [decorated.replace(seed=checks.seed()).estimate(torch.zeros_like(slope)).grad for _ in range(1000)]
     samples = torch.stack(rows)
     checks.mean(samples, slope, effect=float(0.5 * samples.std(dim=0).amax()))
+
+
+@pytest.mark.parametrize("shaping", [standardize, top_directions(2)])
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_the_size_of_the_values_changes_nothing(shaping, size):
+    """Their squares leave the range of float64: the deviation came out infinite, and the gradient zero."""
+    values = torch.tensor([[1.0, 4.0], [2.0, -1.0], [0.5, 3.0]], dtype=torch.float64)
+    torch.testing.assert_close(shaping(values * size), shaping(values))

@@ -9,7 +9,7 @@ import torch
 
 import zograd
 from statistical import flat
-from zograd import EvaluationError, Until, zero_order
+from zograd import EvaluationError, SecondDerivativeError, Until, zero_order
 from zograd.distributions import Coordinate, Gaussian, Hadamard, LowRank, Orthogonal
 from zograd.evaluators import Journal, Loop, Vmap
 from zograd.failures import Drop, Retry
@@ -85,6 +85,14 @@ def test_backward_and_a_second_derivative(shaping):
         h = (h - h.mean()) * (len(h) / (len(h) - 1))
         expected = ((rows @ SLOPE * h) @ rows / len(h) - h.mean() * SLOPE) / 0.01
         torch.testing.assert_close(product, expected)
+
+
+def test_instances_of_vmap_have_first_derivatives_of_their_own_length():
+    rows = torch.stack([X, X + 1])
+    each = decorated(lambda x: fn(x) + (x**3).sum(), sigma=0.3)
+    assert torch.func.vmap(torch.func.grad(each))(rows).shape == rows.shape
+    with pytest.raises(SecondDerivativeError, match="`Until` takes another number of directions for each instance"):
+        torch.func.vmap(torch.func.jacrev(torch.func.grad(each)))(rows)
 
 
 def test_slices_together_decide():

@@ -133,8 +133,7 @@ def standardize(values: torch.Tensor) -> torch.Tensor:
         (arXiv:1803.07055).
     """
     _check_several(values, "standardize")
-    centered = values - values.mean()
-    return torch.zeros_like(values) if _equal(values) else centered / centered.square().mean().sqrt()
+    return torch.zeros_like(values) if _equal(values) else (values - values.mean()) / _deviation(values)
 
 
 def top_directions(k: int, *, largest: bool = False) -> Shaping:
@@ -190,7 +189,7 @@ class _TopDirections:
         kept = best.sort(descending=True, stable=True).indices[: self.k]
         chosen, shaped = values[kept], torch.zeros_like(values)
         if not _equal(chosen):
-            shaped[kept] = chosen * (num / self.k / (chosen - chosen.mean()).square().mean().sqrt())
+            shaped[kept] = chosen / _deviation(chosen) * (num / self.k)
         return shaped
 
     def __repr__(self) -> str:
@@ -200,6 +199,13 @@ class _TopDirections:
 def _equal(values: torch.Tensor) -> bool:
     """Whether the values have no spread; their computed deviation might be a rounding error."""
     return bool(values.amax() == values.amin())
+
+
+def _deviation(values: torch.Tensor) -> torch.Tensor:
+    """The standard deviation, in units of the largest: squares of large or small values leave the range."""
+    centered = values - values.mean()
+    unit = centered.abs().amax()
+    return (centered / unit).square().mean().sqrt() * unit
 
 
 def _check_several(values: torch.Tensor, name: str) -> None:
