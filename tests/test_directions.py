@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import types
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from zograd._points import Directions
 from zograd._tree import Space
 from zograd.distributions import Coordinate, Gaussian, Guided, Hadamard, Orthogonal, Rademacher, Sobol
 from zograd.evaluators import Batched, Loop, Vmap
+from zograd.evaluators.base import fitting_rows
 from zograd.shaping import leave_one_out
 
 statistics = pytest.mark.statistics
@@ -601,3 +603,9 @@ def test_the_families_train():
     }
     assert cosines["Gaussian()"] < 0.85
     assert min(cosines[str(f)] for f in FAMILIES if not isinstance(f, Sobol)) > 0.95, cosines
+
+
+def test_a_device_that_does_not_tell_its_free_memory_has_chunks_by_the_cache():
+    space = types.SimpleNamespace(device=torch.device("mps"), size=1 << 10, dtype=torch.float32)
+    points = types.SimpleNamespace(directions=types.SimpleNamespace(space=space, distribution=Gaussian()))
+    assert fitting_rows(points) == 1 << 9

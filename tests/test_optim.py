@@ -413,6 +413,9 @@ def test_replay_checks_the_weights_and_the_distribution():
         ValueError, match=r"`replay\(records, params\)`: the run had parameters of shapes .* got \[\(2,\)\]"
     ):
         replay(opt.records, [torch.zeros(2)])
+    wider = [p.detach().double() for p in parameters(SMALL)]
+    with pytest.raises(ValueError, match=r"none of the run's parameters were of float64, got \[torch.float64, "):
+        replay(opt.records, wider)
     with pytest.raises(
         ValueError, match=r"`replay\(distribution=...\)` must be the run's, Gaussian\(\), got Rademacher"
     ):

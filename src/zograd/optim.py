@@ -440,6 +440,12 @@ def replay(records: Records, params: Iterable[torch.Tensor], distribution: Distr
     shapes = [tuple(p.shape) for p in leaves]
     if shapes != records.shapes and len(records):
         raise ValueError(f"`replay(records, params)`: the run had parameters of shapes {records.shapes}, got {shapes}.")
+    if len(records) and records.double != any(p.dtype == torch.float64 for p in leaves):  # other random streams
+        ran = "some" if records.double else "none"
+        raise ValueError(
+            f"`replay(records, params)`: {ran} of the run's parameters were of float64, got "
+            f"{[p.dtype for p in leaves]}."
+        )
     with torch.no_grad():
         for seed, coefficients, groups in records.steps():
             space = Space.of(tuple(leaves[i] for group in groups for i in group.trained))
