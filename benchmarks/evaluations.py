@@ -37,14 +37,15 @@ FAMILIES = {
 DESCENDED = (GAUSSIAN, "Orthogonal", "Orthogonal, sqrt(d)", "Hadamard", "Sobol")
 SLOW = 2000  # parameters beyond which a d x d factorization or a sequence of d dimensions takes minutes
 TUNING, SHOWN = (100,), (0, 1, 2)
-RATES = (0.03, 0.1, 0.3)
+RATES = (0.01, 0.03, 0.1, 0.3)
 
 
 class Problem:
     """A loss of a flat vector, where it starts, and what counts as done (None: no descent)."""
 
-    def __init__(self, name, loss, start, seeds, target=None, steps=0):
+    def __init__(self, name, loss, start, seeds, target=None, steps=0, dear=True):
         self.name, self.loss, self.start, self.seeds, self.target, self.steps = name, loss, start, seeds, target, steps
+        self.dear = dear  # too slow for a loop over single directions
         self.size = start.numel()
 
     def gradient(self):
@@ -96,14 +97,14 @@ def control():
     return Problem("cart and pole, d = 72", loss, start, 16, target=0.02, steps=100)
 
 
-def problems(quick):
-    yield quadratic(64, 32, target=0.05, steps=600)
-    yield control()
-    if quick:
-        return
-    yield logistic()
-    yield quadratic(1000, 4)
-    yield quadratic(10_000, 2)
+PROBLEMS = {
+    "quadratic64": lambda: quadratic(64, 32, target=0.05, steps=600, dear=False),
+    "control": control,
+    "logistic": logistic,
+    "quadratic1000": lambda: quadratic(1000, 4),
+    "quadratic10000": lambda: quadratic(10_000, 2),
+}
+QUICK = ("quadratic64", "control")
 
 
 # ------------------------------------------------------------------------------------------------------------- systems
@@ -138,7 +139,7 @@ def families(problem):
         large = problem.size > SLOW and isinstance(family, (Orthogonal, Sobol))
         if not large:
             yield name, lambda num, family=family: estimator(problem, family, num)
-    if find_spec("torchopt") and problem.size < 100:  # a Python loop over directions of the same law as Gaussian()
+    if find_spec("torchopt") and not problem.dear:  # a Python loop over directions of the same law as Gaussian()
         yield TORCHOPT, lambda num: torchopt(problem, num)
 
 
@@ -258,7 +259,7 @@ def measure(problem):
             continue
         descents[name] = [descent(make, problem, num) for num in sizes]
         show(name, descents[name], descents[GAUSSIAN])
-    if find_spec("torchopt"):
+    if find_spec("torchopt") and not problem.dear:
         descents[TORCHOPT] = [descent(lambda num: torchopt(problem, num), problem, sizes[0])]
         show(TORCHOPT, descents[TORCHOPT], descents[GAUSSIAN])
     if find_spec("evotorch"):
@@ -306,22 +307,20 @@ def finite(value):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the two small problems")
+    parser.add_argument("--only", nargs="*", choices=PROBLEMS, help="these problems; the others keep their results")
     parser.add_argument("--output", type=Path, default=None, help="a JSON file; the picture goes beside it")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = [measure(problem) for problem in problems(options.quick)]
-    machine = {"processor": processor(), "python": platform.python_version(), "torch": torch.__version__, "threads": 1}
     output = options.output or RESULTS / ("evaluations-quick.json" if options.quick else "evaluations.json")
-    report = {
-        "machine": machine,
-        "cosine": COSINE,
-        "sigma": SIGMA,
-        "tuning": TUNING,
-        "seeds": SHOWN,
-        "results": results,
-    }
-    output.write_text(json.dumps(finite(report), indent=2) + "\n")
-    picture(results, output.with_suffix(".png"))
+    chosen = options.only or (QUICK if options.quick else tuple(PROBLEMS))
+    found = {name: measure(PROBLEMS[name]()) for name in chosen}
+    if options.only and output.exists():
+        found = json.loads(output.read_text())["problems"] | found
+    machine = {"processor": processor(), "python": platform.python_version(), "torch": torch.__version__, "threads": 1}
+    problems = {name: found[name] for name in PROBLEMS if name in found}
+    report = {"machine": machine, "cosine": COSINE, "sigma": SIGMA, "tuning": TUNING, "seeds": SHOWN}
+    output.write_text(json.dumps(finite({**report, "problems": problems}), indent=2) + "\n")
+    picture(list(problems.values()), output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

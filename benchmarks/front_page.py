@@ -6,7 +6,6 @@ write.
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -19,11 +18,14 @@ LEFT_OUT = ("noise at hand", "Normal(0, 1)")
 HEADLINES = {
     "es_rl": ("steps to a test return of 495", "CartPole by evolution strategies"),
     "ars": ("Swimmer-v5: episodes to a return of 325", "augmented random search"),
-    "structured_evolution": ("Toeplitz policy: orthogonal", "structured evolution"),
+    "structured_evolution": (
+        "evaluations to the target: Toeplitz policy, N = d = 30, Hadamard",
+        "structured evolution",
+    ),
     "es_maml": ("four corners, ES-MAML", "ES-MAML"),
     "nac": ("rough responses, NAC", "neural auto-curricula on Kuhn poker"),
     "bilevel": ("zograd: test accuracy", "weights of data sources through refits"),
-    "unrolled": ("influence balancing, PES", "persistent evolution strategies"),
+    "unrolled": ("toy regression from 2488, PES", "persistent evolution strategies"),
     "finetune_forward_only": ("gain by MeZO", "an int8 model fitted by forward passes"),
     "black_box_layer": ("hard signs, N = 4 by sample", "hard signs in the middle of a network"),
 }
@@ -64,13 +66,13 @@ def evaluations():
     report = load("benchmarks", "evaluations")
     if report is None:
         return "`make bench-statistics` has not been run."
-    names = list(dict.fromkeys(name for result in report["results"] for name in result["cosine"]))
+    names = list(dict.fromkeys(name for result in report["problems"].values() for name in result["cosine"]))
     rows = []
     for name in names:
-        nums = [result["cosine"].get(name) for result in report["results"]]
+        nums = [result["cosine"].get(name) for result in report["problems"].values()]
         rows.append([name, *(f"{2 * num:,}" if num else "" for num in nums)])
     return (
-        table(["evaluations for a cosine of 0.9", *(result["problem"] for result in report["results"])], rows)
+        table(["evaluations for a cosine of 0.9", *(result["problem"] for result in report["problems"].values())], rows)
         + "\n\n`make bench-statistics`; antithetic differences throughout."
     )
 
@@ -98,6 +100,8 @@ def reliability():
     rows = []
     for path in sorted((ROOT / "chaos" / "results").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
+        if path.stem in ("efficiency", "wire"):  # figures, where nothing can go wrong
+            continue
         (what, count), *_ = record["counts"].items()
         rows.append([record["question"], f"{count:,} {what}", str(record["wrong"])])
     return (
@@ -113,10 +117,11 @@ def filled(text):
     """The text with each table made anew."""
     for name, make in TABLES.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        if not pattern.search(text):
+        before, found, rest = text.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not (found and ended):
             raise SystemExit(f"README.md has no place for {name}: {begin} ... {end}")
-        text = pattern.sub(lambda _, made=make(): f"{begin}\n{made}\n{end}", text)
+        text = f"{before}{begin}\n{make()}\n{end}{after}"
     return text
 
 

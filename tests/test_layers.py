@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "zograd"
 LEVELS = [
     ("L0", ["errors", "_versions"]),
     ("L1.0", ["sampling", "failures", "schemes", "shaping"]),
-    ("L1.1", ["_digest", "_tree", "_random", "_reuse", "_threads"]),
+    ("L1.1", ["_digest", "_precision", "_tree", "_random", "_reuse", "_threads"]),
     ("L1.2", ["_factored"]),
     ("L2.0", ["distributions.base"]),
     ("L2.1", ["distributions.gaussian", "distributions.low_rank", "distributions.rademacher", "distributions.sphere"]),

@@ -26,6 +26,11 @@ import torch
 
 __all__ = ["Shaping", "centered_ranks", "leave_one_out", "standardize", "top_directions"]
 
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 Shaping: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -36,7 +41,10 @@ def leave_one_out(values: torch.Tensor) -> torch.Tensor:
 
     The baseline is independent of direction i, so the estimate keeps its mean; a baseline that included direction i
     would shrink the gradient by 1 - 1/N. It is for :data:`~zograd.schemes.NAIVE`, whose variance grows with the square
-    of the objective's level; for schemes whose weights sum to zero it cancels and changes nothing.
+    of the objective's level. Where the weights sum to zero without the center, as in ``"antithetic"``, it cancels and
+    changes nothing; from ``"forward"`` it takes the mean difference off. The directions of ``Hadamard()`` and
+    ``Sobol()`` tell each other's signs: a baseline from the others would know part of the gradient, so it is refused
+    there for all but such schemes.
 
     Args:
         values: of shape ``(directions, sides)``; two directions at least, since one has no others.

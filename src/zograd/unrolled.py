@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
 import torch
 
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from zograd.evaluators.base import Evaluator
 
 __all__ = ["NRES", "PES", "State", "TruncatedES", "UnrolledEstimator"]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
 
 
 class State(TypedDict):
@@ -259,6 +263,13 @@ class UnrolledEstimator(ABC):
             begun["perturbation"] = state["perturbation"].masked_fill(there.unsqueeze(-1), 0.0)
         return begun
 
+    def __repr__(self) -> str:
+        o = self.options
+        return (
+            f"{o.call}({self._typed.strip('`')}, num_samples={o.num_samples}, sigma={o.sigma}, "
+            f"distribution={o.distribution}, evaluator={o.evaluator}, seed={o.seed})"
+        )
+
     # ---------------------------------------------------------------------------------------------------------- parts
 
     @property
@@ -267,8 +278,7 @@ class UnrolledEstimator(ABC):
 
     @property
     def _num(self) -> int:
-        assert isinstance(self.options.num_samples, int)  # None is for directions with another mean than zero
-        return self.options.num_samples
+        return cast("int", self.options.num_samples)  # None is for directions with another mean than zero
 
     def _plan(self, setup: Setup, arguments: Arguments, layout: Layout, seed: int) -> WindowPlan:
         window = Window(layout, self._typed, lead=int(self.options.evaluator.batched))

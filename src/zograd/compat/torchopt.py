@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["diff", "nn"]
 
 
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 class _ZeroOrderNamespace:
     """``torchopt.diff.zero_order``: a decorator that is also a module of that name."""
 
@@ -53,6 +57,9 @@ class _ZeroOrderNamespace:
             A decorator.
         """
         return _zero_order(distribution, method, argnums, num_samples, sigma)
+
+    def __repr__(self) -> str:
+        return "<zograd.compat.torchopt.diff.zero_order: zograd.zero_order by TorchOpt's names>"
 
 
 nn: SimpleNamespace = SimpleNamespace(ZeroOrderGradientModule=_ZeroOrderGradientModule)
