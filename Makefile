@@ -34,7 +34,7 @@ test-statistics: $(VENV)/.stamp-tests  ## run the statistical tests on fresh see
 mutants: $(VENV)/.stamp-tests  ## plant bugs one by one and check that the tests find each
 	$(RUN) tests/mutants.py
 
-chaos: $(VENV)/.stamp-tests  ## try to break it: faults, kills, damaged files, strange inputs (10 minutes)
+chaos: $(VENV)/.stamp-tests  ## try to break it: faults, kills, damaged files, strange inputs (20 minutes)
 	cd chaos && status=0; for script in [a-z]*.py; do OMP_NUM_THREADS=1 ../$(RUN) $$script || status=1; done; \
 		../$(RUN) _table.py && exit $$status
 
