@@ -512,6 +512,27 @@ MUTANTS = [
         "    return list(globals())",
         ("test_public.py",),
     ),
+    Mutant(
+        "the step's resolution is asked of half precision alone",
+        "estimator.py",
+        "radius > 100 * eps:",
+        "radius > 0:",
+        ("test_first_hour.py",),
+    ),
+    Mutant(
+        "an error tells a module's user to name an argument that a module has not",
+        "decorator.py",
+        'module=self.options.call != "zero_order"',
+        "module=False",
+        ("test_first_hour.py",),
+    ),
+    Mutant(
+        "an iterator of parameters passes for any other argument",
+        "decorator.py",
+        "if isinstance(found, Iterator):",
+        "if isinstance(found, Generic):",
+        ("test_first_hour.py",),
+    ),
 ]
 
 
