@@ -18,7 +18,7 @@ BENCH_RUN := $(BENCH)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 .DELETE_ON_ERROR:
 # Two pip runs at once would break the environment.
 .NOTPARALLEL:
-.PHONY: help setup test test-statistics mutants chaos demo examples examples-quick bench bench-statistics bench-quick bench-peers lint format types ci build clean FORCE
+.PHONY: help setup test test-statistics mutants chaos demo examples examples-quick bench bench-statistics bench-quick bench-peers notebooks lint format types ci docs docs-test docs-links build clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' Makefile
@@ -34,7 +34,7 @@ test-statistics: $(VENV)/.stamp-tests  ## run the statistical tests on fresh see
 mutants: $(VENV)/.stamp-tests  ## plant bugs one by one and check that the tests find each
 	$(RUN) tests/mutants.py
 
-chaos: $(VENV)/.stamp-tests  ## try to break it: faults, kills, damaged files, strange inputs (10 minutes)
+chaos: $(VENV)/.stamp-tests  ## try to break it: faults, kills, damaged files, strange inputs (20 minutes)
 	cd chaos && status=0; for script in [a-z]*.py; do OMP_NUM_THREADS=1 ../$(RUN) $$script || status=1; done; \
 		../$(RUN) _table.py && exit $$status
 
@@ -42,20 +42,27 @@ demo: $(VENV)/.stamp-examples  ## run the quickstart example
 	$(RUN) examples/quickstart.py
 
 # Those with a table, from which reproductions.py makes the page; the quickstart has a target of its own.
-EXAMPLES := $(filter-out quickstart check reproductions,$(basename $(notdir $(wildcard examples/*.py))))
+EXAMPLES := $(filter-out quickstart check reproductions simulator,$(basename $(notdir $(wildcard examples/*.py))))
 
 examples: $(VENV)/.stamp-examples  ## run all examples in full and make docs/reproductions.md (an hour)
 	@for name in $(EXAMPLES); do \
 		OMP_NUM_THREADS=1 $(RUN) examples/$$name.py --output docs/images/$$name.png || exit 1; done
 	$(RUN) examples/check.py --figure docs/images/check.png
+	rm -rf build/simulator
+	OMP_NUM_THREADS=1 $(RUN) examples/simulator.py --folder build/simulator
 	$(RUN) examples/reproductions.py
 
 examples-quick: $(VENV)/.stamp-examples  ## run a smoke of each example (a minute)
 	@mkdir -p build/examples; for name in $(EXAMPLES); do \
 		OMP_NUM_THREADS=1 $(RUN) examples/$$name.py --quick --output build/examples/$$name.png || exit 1; done
+	rm -rf build/simulator
+	OMP_NUM_THREADS=1 $(RUN) examples/simulator.py --folder build/simulator --steps 2
+
+notebooks: $(VENV)/.stamp-docs  ## run the tutorial notebooks and write their outputs down (2 minutes)
+	$(RUN) .ci/notebooks.py
 
 bench: $(BENCH)/.stamp  ## compare speed and memory with other packages, in an environment of its own (10 minutes)
-	cd benchmarks && ../$(BENCH_RUN) compare.py && ../$(BENCH_RUN) memory.py && ../$(BENCH_RUN) fixed_cost.py
+	cd benchmarks && ../$(BENCH_RUN) compare.py && ../$(BENCH_RUN) memory.py && ../$(BENCH_RUN) fixed_cost.py && ../$(BENCH_RUN) page.py
 
 bench-statistics: $(BENCH)/.stamp  ## count the evaluations that each direction family needs, beside other packages (30 minutes)
 	cd benchmarks && ../$(BENCH_RUN) evaluations.py
@@ -81,8 +88,23 @@ types: $(VENV)/.stamp-lint  ## check the types, and that every public name has o
 
 ci: lint types test  ## run what CI runs
 
-build: $(VENV)/.stamp-build  ## build the source distribution and the wheel into dist/
+SITE := docs/_build/html
+
+docs: $(VENV)/.stamp-tests $(VENV)/.stamp-docs  ## run the code of every page and docstring, and build the site (3 minutes)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) tests/test_docs.py src
+	$(RUN) -m sphinx -W --keep-going -E -q -b html docs $(SITE)
+	@echo "open $(SITE)/index.html"
+
+docs-test: docs  ## open every built page in headless Chromium, at two widths, light and dark (2 minutes)
+	$(RUN) tests/browse.py $(SITE) --screenshots docs/_build/screenshots
+
+docs-links: $(VENV)/.stamp-docs  ## ask whether the sites that the pages link to still answer
+	$(RUN) -m sphinx -W --keep-going -q -b linkcheck docs docs/_build/links
+
+build: $(VENV)/.stamp-build  ## build the source distribution and the wheel, and try each in an environment of its own
+	rm -rf dist
 	$(RUN) -m build
+	$(RUN) .ci/smoke.py dist
 
 clean:  ## remove .venv and everything that was built
 	rm -rf $(VENV) $(BENCH) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -6,7 +6,8 @@ from packaging.specifiers import SpecifierSet
 
 HEADER = """\
 # The versions CI uses, made on Linux with Python 3.11. To regenerate, take new versions and write them down:
-#   .venv/bin/python -m pip install --upgrade --upgrade-strategy eager torch==2.13.0 -e '.[tests,lint,examples,build]'
+#   .venv/bin/python -m pip install --upgrade --upgrade-strategy eager torch==2.13.0 \\
+#       -e '.[tests,lint,examples,docs,build]'
 #   .venv/bin/python .ci/constraints.py > constraints.new && mv constraints.new constraints.txt
 # A release that has dropped Python 3.10 carries a marker: there, pip picks an older one."""
 

@@ -3,7 +3,7 @@
 The program throws a ball through wind and drag and prints where it bounces. It is run by `subprocess`, ends with an
 error in 4 of 100 runs and takes ten times as long in 30 of 100. Four threads wait for it, failed runs are made again,
 and every value is in a journal as soon as it is there: after `kill -9`, start the script again, and it goes on where it
-stopped, with the same numbers in the end.
+stopped, with the same numbers in the end. A bar of tqdm shows how many runs there were, and how fast.
 """
 
 import argparse
@@ -117,6 +117,7 @@ def save_picture(path, program, throw, misses):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("simulator-run"), help="for program, journal and picture")
+    parser.add_argument("--output", type=Path, help="the picture (default: simulator.png in the folder)")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--samples", type=int, default=8, help="directions a step")
     parser.add_argument("--seed", type=int, default=0)
@@ -125,11 +126,12 @@ def main():
     program = options.folder / "ball.py"
     program.write_text(PROGRAM, encoding="utf-8")
     throw, misses, tracker = train(options, str(program))
-    save_picture(options.folder / "simulator.png", str(program), throw, misses)
+    picture = options.output or options.folder / "simulator.png"
+    save_picture(picture, str(program), throw, misses)
     first, last = misses[0], judged(same_again(str(program), throw))
     print(f"miss {first:.2f} at first, {last:.2f} at the end; throw {[round(v, 5) for v in throw.tolist()]}")
     print(f"{tracker.evaluations} runs of the program, {tracker.failures} of them failed and were made again")
-    print(f"picture: {options.folder / 'simulator.png'}")
+    print(f"picture: {picture}")
     if options.steps >= 60:
         assert last < first / 4, "the throw did not improve"
 

@@ -145,13 +145,13 @@ def main():
             curves[kind], final[kind] = runs[0], [losses[-1] for losses in runs]
             what = f"influence balancing from 8, {NAMES[kind]}: loss"
             report.row(what, reference, final[kind], 1001 * SHORT["updates"])
-        for kind, reference in ((PES, "278"), (NRES, "287"), (TruncatedES, "1137")):
+        for kind, reference in ((PES, 278), (NRES, 287), (TruncatedES, 1137)):
             progress.set_description(f"toy regression, {NAMES[kind]}")
             runs = [tune(kind, seed, progress=progress, **LONG) for seed in args.seeds]
             # Over the last 1000 updates, since it is not the same from one to the next.
             paths[kind], sums[kind] = runs[0], [whole(run[-20:]).mean().item() for run in runs]
             what = f"toy regression from 2488, {NAMES[kind]}: loss"
-            report.row(what, reference, sums[kind], 101 * LONG["updates"])
+            report.row(what, f"{reference} (20,000 updates)", sums[kind], 101 * LONG["updates"])
     save_picture(args.output, curves, paths)
     report.finish()
     print(f"seeds {args.seeds}; saved {args.output}")

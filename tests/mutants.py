@@ -352,6 +352,27 @@ MUTANTS = [
         (DISTRIBUTED,),
     ),
     Mutant(
+        "a guiding subspace is taken as it is where leaves have a sigma each",
+        "distributions/guided.py",
+        "_orthonormal(self._columns(space) * self._radii(space))",
+        "_orthonormal(self._columns(space))",
+        ("test_directions.py",),
+    ),
+    Mutant(
+        "the directions that must survive are counted by the bound of Until",
+        "estimator.py",
+        "_check_survivors(drop, lost, hi, objective.name)",
+        "_check_survivors(drop, lost, len(points), objective.name)",
+        ("test_until.py",),
+    ),
+    Mutant(
+        "vjp forgets the surrogate",
+        "estimator.py",
+        "        if self._flat is None:\n            flat = contract(",
+        "        if True:\n            flat = contract(",
+        ("test_surrogate.py",),
+    ),
+    Mutant(
         "error bars take dependent directions for independent ones",
         "_error_bars.py",
         "        return self.directions.distribution.group(self.directions.space, self.directions.num)\n",
@@ -451,9 +472,23 @@ MUTANTS = [
     ),
     Mutant(
         "threads that share a module",
-        "evaluators/_shipping.py",
-        "return types.CellType(copy.deepcopy(held, memo)) if isinstance(held, torch.nn.Module) else cell",
-        "return cell",
+        "evaluators/_twins.py",
+        "return copy.deepcopy(value, self._memo)",
+        "return value",
+        (POOL,),
+    ),
+    Mutant(
+        "threads that share a module through a function that uses it",
+        "evaluators/_twins.py",
+        "    return any(_uses_module(part, seen) for part in _parts(value))\n",
+        "    return any(isinstance(part, torch.nn.Module) for part in _parts(value))\n",
+        (POOL,),
+    ),
+    Mutant(
+        "estimates that run into each other in a pool's own processes",
+        "evaluators/_crew.py",
+        "return self._turns if self.owned",
+        "return contextlib.nullcontext() if self.owned",
         (POOL,),
     ),
     Mutant(
@@ -483,6 +518,20 @@ MUTANTS = [
         "if isinstance(found, Iterator):",
         "if isinstance(found, Generic):",
         ("test_first_hour.py",),
+    ),
+    Mutant(
+        "records that show every number",
+        "optim.py",
+        'return f"Records(steps={len(self)}, num',
+        'return f"Records({self.__dict__}{len(self)}, num',
+        ("test_public.py",),
+    ),
+    Mutant(
+        "completion that offers the modules of the parts",
+        "evaluators/__init__.py",
+        "    return list(__all__)",
+        "    return list(globals())",
+        ("test_public.py",),
     ),
 ]
 

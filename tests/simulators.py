@@ -146,6 +146,11 @@ def hangs_once(x, path):
     time.sleep(3600)
 
 
+def rests(x):
+    time.sleep(0.03)
+    return cubes(x)
+
+
 def straggles(x):
     time.sleep(0.3 if at(x, 0.5) else 0.0)
     return cubes(x)

@@ -550,10 +550,22 @@ def test_batched_without_the_leading_axis():
         decorated(leaf(3))
 
 
-def test_an_fn_that_vmap_cannot_follow():
-    decorated = zero_order(num_samples=8, evaluator="vmap")(lambda x: x.sum().item())
+SHARED = torch.zeros(1, 3)
+UNVECTORIZED = {
+    "item": lambda x: x.sum().item(),
+    "numpy": lambda x: float(np.asarray(x).sum()),
+    "tolist": lambda x: sum(x.tolist()[0]),
+    "control flow": lambda x: x.sum() if x.sum() > 0 else -x.sum(),
+    "shared tensor": lambda x: SHARED.add_(x).sum(),
+}
+
+
+@pytest.mark.parametrize("distribution", [None, distributions.LowRank()], ids=str)
+@pytest.mark.parametrize("name", UNVECTORIZED)
+def test_an_fn_that_vmap_cannot_follow(name, distribution):
+    decorated = zero_order(distribution, num_samples=8, evaluator="vmap")(UNVECTORIZED[name])
     with pytest.raises(RuntimeError, match=said('`evaluator="vmap"`', 'use `evaluator="loop"`')):
-        decorated(leaf(3))
+        decorated.estimate(torch.full((1, 3), 0.5))
 
 
 @pytest.mark.parametrize("evaluator", ["loop", "vmap"])

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import types
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from zograd._points import Directions
 from zograd._tree import Space
 from zograd.distributions import Coordinate, Gaussian, Guided, Hadamard, Orthogonal, Rademacher, Sobol
 from zograd.evaluators import Batched, Loop, Vmap
+from zograd.evaluators.base import fitting_rows
 from zograd.shaping import leave_one_out
 
 statistics = pytest.mark.statistics
@@ -409,7 +411,33 @@ def test_the_mean_of_guided_estimates_is_the_covariance_times_the_gradient(alpha
     checks.mean(products, S.flatten(), effect=0.15, what="covariance")
     target = S @ problem.gradient
     torch.testing.assert_close(family.covariance(estimate.directions.space, problem.gradient), target)
-    checks.mean(estimate.coefficients[:, None] * rows / 0.5, target, effect=0.2 * float(problem.gradient.norm()))
+    each = estimate.coefficients[:, None] * rows / 0.5
+    checks.mean(each, target, effect=0.2 * float(problem.gradient.norm()))
+    # Var = |S g|^2 + tr(S) g.S g, by Isserlis; with S = I the (d + 1) |g|^2 of Gaussian directions.
+    g = problem.gradient
+    checks.trace(each, target, float(target @ target + 5 * g @ target), effect=0.15, what="guided")
+
+
+def test_a_gradient_in_the_subspace_stays_in_it_whatever_the_radius_of_each_leaf():
+    """With alpha = 0 and the gradient itself as basis, every single direction gives a multiple of it."""
+    slope = {"a": torch.tensor([1.0, -2.0], dtype=torch.float64), "b": torch.tensor([0.5], dtype=torch.float64)}
+    family = Guided([slope], alpha=0.0)
+    options = {"method": "antithetic", "num_samples": 2000, "sigma": {"a": 0.1, "b": 3.0}, "seed": 1}
+    decorated = zero_order(family, **options)(lambda x: sum((slope[k] * x[k]).sum() for k in slope))
+    found = decorated.estimate({k: torch.zeros_like(v) for k, v in slope.items()})
+    gradient = flat(slope)
+    torch.testing.assert_close(flat(found.grad), gradient * (flat(found.grad)[0] / gradient[0]))
+    stated = found.directions.distribution.covariance(found.directions.space, gradient)
+    torch.testing.assert_close(stated, 3 * gradient)  # d / k
+    torch.testing.assert_close(flat(found.grad), stated, rtol=0.2, atol=0)
+
+
+def test_directions_in_a_subspace_are_the_same_under_autocast():
+    options = {"method": "antithetic", "num_samples": 6, "sigma": 0.1, "seed": 0}
+    fn = zero_order(Guided(torch.randn(60, 2, generator=torch.Generator().manual_seed(0))), **options)(torch.sum)
+    plain = fn.estimate(torch.zeros(60))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fn.estimate(torch.zeros(60)).coefficients, plain.coefficients)
 
 
 def test_a_basis_has_many_forms():
@@ -534,6 +562,8 @@ def test_sigma_of_each_leaf(family):
     start = problem.params()
     options = {"method": "antithetic", "num_samples": 7, "seed": 3}
     got = zero_order(family, **options, sigma=sigma)(problem).estimate(start).grad
+    if isinstance(family, Guided):  # a subspace is one of the parameters, and moves to these units with them
+        family = Guided(BASIS.double() * scale[:, None], family.alpha)
     one = zero_order(family, **options, sigma=1.0)(lambda u: problem(problem.x + scale * u))
     wanted = one.estimate(torch.zeros(5, dtype=torch.float64)).grad
     torch.testing.assert_close(flat(got) * scale, wanted)
@@ -573,3 +603,9 @@ def test_the_families_train():
     }
     assert cosines["Gaussian()"] < 0.85
     assert min(cosines[str(f)] for f in FAMILIES if not isinstance(f, Sobol)) > 0.95, cosines
+
+
+def test_a_device_that_does_not_tell_its_free_memory_has_chunks_by_the_cache():
+    space = types.SimpleNamespace(device=torch.device("mps"), size=1 << 10, dtype=torch.float32)
+    points = types.SimpleNamespace(directions=types.SimpleNamespace(space=space, distribution=Gaussian()))
+    assert fitting_rows(points) == 1 << 9

@@ -13,14 +13,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "examples"
 EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "reproductions")
-OWN = {"quickstart": ["--steps", 3, "--output"], "check": ["--figure"]}  # those with options of their own, and no table
+OWN = {  # those with options of their own, and no table
+    "quickstart": ["--steps", 3, "--output"],
+    "check": ["--figure"],
+    "simulator": ["--steps", 2, "--samples", 2, "--output"],
+}
 FIELDS = {"what", "reference", "mean", "spread", "seeds", "evaluations", "seconds"}
 
 
-def run(path, *options):
+def run(path, *options, folder=None):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(path), *map(str, options)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300, cwd=folder)
 
 
 def skip_without_its_package(done):
@@ -37,7 +41,7 @@ def test_an_example_runs(path, tmp_path):
     quick = OWN.get(path.stem, ["--quick", "--json", table, "--output"])
     results = sorted((FOLDER / "results").glob("*"))
     before = [file.read_bytes() for file in results]
-    done = run(path, *quick, picture)
+    done = run(path, *quick, picture, folder=tmp_path)
     skip_without_its_package(done)
     assert done.returncode == 0, done.stderr[-3000:]
     assert picture.stat().st_size > 1000

@@ -588,11 +588,20 @@ def test_hessian_vector_products():
 
 def test_long_unrolls():
     """My inner loop has thousands of steps: update every few, without bias."""
-    estimator = zograd.unrolled.PES(
-        lambda params, state, t: (state + params, (state + params).sum()), window=10, sigma=0.1
-    )
+
+    def window(params, state):  # ten steps
+        loss = 0.0
+        for _ in range(10):
+            state = state + params
+            loss = loss + state.sum()
+        return loss, state
+
+    estimator = zograd.unrolled.PES(window, sigma=0.1)
     params = torch.zeros(2, requires_grad=True)
-    estimator(params).backward()
+    state = estimator.init(params, torch.zeros(2))
+    for _ in range(3):
+        loss, state = estimator(params, state)
+        loss.backward()
     assert params.grad.any()
 
 

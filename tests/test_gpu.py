@@ -121,3 +121,29 @@ def test_unrolled_systems(kind, evaluator):
     assert state["center"]["t"] == 1
     with pytest.raises(ValueError, match=r"the state must be on the device of `params`, cuda:0, got cpu"):
         estimator.init(params, torch.zeros(3))
+
+
+@pytest.mark.parametrize("evaluator", ["loop", "vmap"])
+@pytest.mark.parametrize("family", [Gaussian(), Orthogonal()], ids=str)
+def test_a_surrogate_and_its_error_bars(family, evaluator):
+    x = torch.linspace(-1, 1, 6, device="cuda")
+    settings = {"method": "antithetic", "num_samples": 60, "sigma": 0.1, "seed": 3, "evaluator": evaluator}
+    found = zero_order(family, **settings, surrogate=lambda p: 0.9 * problem(p))(problem).estimate(x)
+    alone = zero_order(family, **settings)(problem).estimate(x)
+    assert found.grad.device == found.standard_error().device == alone.standard_error().device == x.device
+    assert found.standard_error().norm() < alone.standard_error().norm()
+    assert -1 <= found.split_half_cosine() <= 1
+
+
+@pytest.mark.parametrize("number", [False, True])
+def test_second_derivatives_also_of_a_black_box_on_the_cpu(number):
+    x = torch.zeros(3, device="cuda")
+    fn = (lambda p: float(p.square().sum())) if number else (lambda p: p.square().sum())
+    f = zero_order(method="antithetic", num_samples=4000, sigma=0.5, seed=3)(fn)
+    vector = torch.ones(3, device="cuda")
+    product = f.estimate(x).hvp(vector)
+    assert product.device == x.device
+    assert (product - 2).abs().max() < 0.5  # about five deviations
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(f(leaf), leaf, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(g @ vector, leaf)[0], product)

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import functools
 import math
 import multiprocessing
 import os
@@ -514,6 +515,23 @@ def test_what_has_no_digest_asks_for_a_key(path):
         assert len(CALLS) == total
     journaled.estimate(X + 1, Simulator(9.8))  # the differentiated tensors always count
     assert len(CALLS) == 15
+
+
+def under(x, scales, settings):
+    return x.sum() * scales[0] * settings["gravity"]
+
+
+def test_the_arguments_that_a_partial_holds_count(path):
+    """They are arguments: another list or dict in one is another estimate, and no log."""
+    for scale, gravity, fresh in ((1.0, 9.8, 3), (1.0, 9.8, 0), (2.0, 9.8, 3), (1.0, 1.6, 3)):
+        held = functools.partial(under, scales=[scale], settings={"gravity": gravity})
+        got = zero_order(num_samples=2, seed=0, evaluator=Journal("loop", path))(held).estimate(X)
+        assert got.evaluations == fresh
+        torch.testing.assert_close(got.value, X.sum() * scale * gravity)
+    held = functools.partial(uses, simulator=Simulator(9.8))
+    other = Journal("loop", f"{path} of another")
+    with pytest.raises(TypeError, match=r"is needed: an argument that `partial` holds has no digest.*Simulator"):
+        zero_order(evaluator=other)(held).estimate(X)
 
 
 def test_the_key_of_a_module_is_called_with_the_arguments_of_forward(path):

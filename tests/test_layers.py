@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "zograd"
 LEVELS = [
     ("L0", ["errors", "_versions"]),
     ("L1.0", ["sampling", "failures", "schemes", "shaping"]),
-    ("L1.1", ["_digest", "_tree", "_random", "_reuse", "_threads"]),
+    ("L1.1", ["_digest", "_precision", "_tree", "_random", "_reuse", "_threads"]),
     ("L1.2", ["_factored"]),
     ("L2.0", ["distributions.base"]),
     ("L2.1", ["distributions.gaussian", "distributions.low_rank", "distributions.rademacher", "distributions.sphere"]),
@@ -33,6 +33,7 @@ LEVELS = [
     ("L2.3", ["distributions"]),
     ("L3", ["_points", "_objective", "_overlay", "_replica"]),
     ("L4.0", ["evaluators.base", "evaluators._ledger", "evaluators._shipping", "tracking", "_contraction"]),
+    ("L4.0", ["evaluators._twins"]),
     ("L4.0", ["evaluators._worker"]),
     ("L4.0", ["evaluators._crew"]),
     ("L4.0", ["evaluators._dispatch"]),

@@ -181,6 +181,24 @@ def test_attention_with_masks(mask, weights):
     torch.testing.assert_close(shared.coefficients, exact.coefficients, rtol=1e-4, atol=1e-5)
 
 
+BLIND = torch.arange(4).view(4, 1).eq(0).expand(4, 4)  # the first sees nothing
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("mask", [BLIND, torch.zeros(4, 4).masked_fill(BLIND, -torch.inf)], ids=["bool", "float"])
+def test_attention_of_a_row_that_sees_nothing(mask):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.MultiheadAttention(8, 2)
+
+        def forward(self, x):
+            return self.layer(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+    shared, exact = estimates(Attention(), [SEQUENCE], distribution=LowRank())
+    torch.testing.assert_close(shared.coefficients, exact.coefficients, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_attention_with_padding_falls_back():
     class Padded(nn.Module):
@@ -215,6 +233,35 @@ def test_half_precision_modules():
     shared, exact = estimates(module, [X.bfloat16()], distribution=LowRank(), sigma=0.5)
     torch.testing.assert_close(shared.coefficients, exact.coefficients, rtol=0.1, atol=0.2)
     assert shared.grad["module.module.0.weight"].dtype == torch.bfloat16
+
+
+def autocast():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("value", [lambda w: w.tanh().sum(), lambda w: nn.functional.embedding(TOKENS, w).tanh().sum()])
+def test_points_are_in_full_precision_under_autocast(value, rank):
+    options = {"method": "antithetic", "num_samples": 4, "sigma": 1e-2, "seed": 0}
+    params = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    plain = zero_order(LowRank(rank), **options)(value).estimate(params)
+    for evaluator in ("loop", "vmap"):
+        with autocast():
+            estimate = zero_order(LowRank(rank), evaluator=evaluator, **options)(value).estimate(params)
+        torch.testing.assert_close(estimate.coefficients, plain.coefficients, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_shared_products_have_the_dtype_of_autocast(rank):
+    def fn(w):
+        out = nn.functional.linear(X, w)
+        room = torch.zeros_like(out, dtype=torch.bfloat16)
+        room[[0, 1]] = out[:2]  # refuses another dtype
+        return room.float().sum()
+
+    fn = zero_order(LowRank(rank), num_samples=2, evaluator="vmap")(fn)
+    with autocast():
+        assert fn.estimate(torch.randn(5, 6)).grad.isfinite().all()
 
 
 def test_a_function_of_tensors_and_frozen_ones():

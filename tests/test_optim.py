@@ -53,6 +53,16 @@ def test_a_step_is_sgd_on_the_antithetic_estimate(shapes, distribution, num_samp
     assert all(map(torch.equal, params, twins))
 
 
+def test_points_are_in_full_precision_in_a_closure_with_autocast():
+    def cast(params):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_of(params)
+
+    options = {"distribution": LowRank(2), "num_samples": 3}
+    plain, other = (trained(parameters([(30, 40)]), loss=loss, **options) for loss in (loss_of, cast))
+    assert plain.records.coefficients == other.records.coefficients
+
+
 @pytest.mark.parametrize("shapes", [SMALL, LARGE], ids=["small", "large"])
 def test_groups_have_settings_of_their_own(shapes):
     params = parameters(shapes)
@@ -203,6 +213,17 @@ def test_records_rebuild_the_weights(tmp_path, shapes, dtype, distribution):
     assert not torch.equal(base[0], parameters(shapes, dtype)[0])
 
 
+def test_records_of_a_run_that_double_precision_joins_later():
+    params = [*parameters([(5,)]), *parameters([(4,)], torch.float64)]
+    first = [p.detach().clone() for p in params]
+    opt = trained(params[:1])
+    opt.add_param_group({"params": params[1:]})
+    for _ in range(3):
+        opt.step(lambda: sum(p.sin().sum() for p in params))
+    replay(Records.from_state_dict(opt.records.state_dict()), first)
+    assert all(map(torch.equal, params, first))
+
+
 def test_a_long_run_is_a_small_file(tmp_path):
     p = [nn.Parameter(torch.zeros(1))]
     opt = MeZO(p, lr=0.1, seed=0)
@@ -287,7 +308,13 @@ def made_before(p):
     ("error", "match", "closure"),
     [
         (TypeError, r"`MeZO.step\(closure\)` needs a closure that returns the loss, got None", None),
+        (TypeError, r"`MeZO.step\(closure\)` needs a closure that returns the loss, got 3", lambda p: 3),
         (TypeError, r"the closure must return a tensor or a number, got None", lambda p: lambda: None),
+        (
+            NonFiniteError,
+            r"values, up to .*, have differences beyond the range of torch.float32; the parameters are as before",
+            lambda p: lambda: p[0].double().sum() * 1e45,
+        ),
         (ValueError, r"must return one value, got the shape \(3,\)", lambda p: lambda: p[0] + 1),
         (
             NonFiniteError,
@@ -316,6 +343,20 @@ def test_directions_that_cannot_be_made_again_are_refused():
 def test_nothing_to_train_is_an_error():
     frozen = [nn.Parameter(torch.ones(3), requires_grad=False)]
     unchanged(ValueError, r"no parameter requires grad", lambda p: lambda: p[0].sum(), frozen)
+    empty = [nn.Parameter(torch.ones(0, 3))]
+    unchanged(ValueError, r"no parameter of those that require grad has a value", lambda p: lambda: p[0].sum(), empty)
+
+
+@pytest.mark.parametrize("name", ["lr", "sigma", "weight_decay"])
+@pytest.mark.parametrize("value", [float("nan"), -1.0])
+def test_settings_are_checked_at_every_step(name, value):
+    params = parameters(SMALL)
+    opt = trained(params)
+    before = [p.detach().clone() for p in params]
+    opt.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=rf"`MeZO\({name}=...\)` must be .* finite, got {value}"):
+        opt.step(lambda: loss_of(params))
+    assert all(map(torch.equal, params, before))
 
 
 @pytest.mark.parametrize(
@@ -328,6 +369,12 @@ def test_nothing_to_train_is_an_error():
         ({"num_samples": 0}, ValueError, r"`MeZO\(num_samples=...\)` must be at least 1, got 0"),
         ({"num_samples": 1.5}, TypeError, r"`MeZO\(num_samples=...\)` must be an int, got float 1.5"),
         ({"seed": -1}, ValueError, r"`MeZO\(seed=...\)` must lie in \[0, 2\*\*63\), got -1"),
+        ({"seed": 1.5}, TypeError, r"`MeZO\(seed=...\)` must be an int or None, got float 1.5"),
+        ({"seed": True}, TypeError, r"`MeZO\(seed=...\)` must be an int or None, got bool True"),
+        ({"generator": 3}, TypeError, r"`MeZO\(generator=...\)` must be a torch.Generator or None, got int 3"),
+        ({"lr": "fast"}, TypeError, r"`MeZO\(lr=...\)` must be a number, got str 'fast'"),
+        ({"lr": None}, TypeError, r"`MeZO\(lr=...\)` must be a number, got NoneType None"),
+        ({"sigma": torch.ones(2)}, TypeError, r"`MeZO\(sigma=...\)` must be a number, got Tensor"),
         ({"seed": 1, "generator": torch.Generator()}, ValueError, r"must not have both"),
         ({"distribution": 3}, TypeError, r"`MeZO\(distribution=...\)` must be a zograd or torch distribution"),
     ],
@@ -344,6 +391,7 @@ def test_bad_settings(options, error, match):
         ([torch.ones(2, dtype=torch.complex64)], TypeError, r"must be dense and real, got a complex tensor"),
         ([torch.ones(2, dtype=torch.int64)], TypeError, r"must be dense and real, got a tensor of torch.int64"),
         ([torch.ones(2), torch.ones(2, device="meta")], TypeError, r"got a meta tensor"),
+        ([torch.ones(1, 2).expand(3, 2)], ValueError, r"its own memory to be written to, got an expanded .* \(3, 2\)"),
         ([], ValueError, r"empty parameter list"),
     ],
 )
@@ -365,6 +413,9 @@ def test_replay_checks_the_weights_and_the_distribution():
         ValueError, match=r"`replay\(records, params\)`: the run had parameters of shapes .* got \[\(2,\)\]"
     ):
         replay(opt.records, [torch.zeros(2)])
+    wider = [p.detach().double() for p in parameters(SMALL)]
+    with pytest.raises(ValueError, match=r"none of the run's parameters were of float64, got \[torch.float64, "):
+        replay(opt.records, wider)
     with pytest.raises(
         ValueError, match=r"`replay\(distribution=...\)` must be the run's, Gaussian\(\), got Rademacher"
     ):

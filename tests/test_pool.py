@@ -1,7 +1,9 @@
 """Pool: the bits of Loop from any executor, and what becomes of all that can go wrong in a worker."""
 
 import concurrent.futures
+import functools
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -166,6 +168,47 @@ def test_threads_never_share_a_module(threads):
     assert_same(estimate(closed), estimate(closed, threads))
     for p, q in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(p, q)
+
+
+shared_net = nn.Linear(3, 2)
+
+
+def by_helper(x):
+    return call(x, shared_net)
+
+
+def through(x, net=shared_net):
+    return call(x, net)
+
+
+def recurs(x, deep=2):
+    return recurs(x, deep - 1) if deep else by_helper(x)
+
+
+def uses_modules_everywhere():
+    """Functions that use a module from all the places where Python lets them."""
+    nets = [nn.Linear(3, 2)]
+
+    class Own:
+        def run(self, x):
+            return call(x, shared_net)
+
+    return {
+        "a function that it calls": by_helper,
+        "a default": through,
+        "a function inside": lambda x: max(call(x, net) for net in [shared_net]),
+        "a list": lambda x: call(x, nets[0]),
+        "itself": recurs,
+        "a method": Own().run,
+        "a wrapper": functools.wraps(by_helper)(lambda x: by_helper(x)),
+        "a partial": functools.partial(through),
+    }
+
+
+@pytest.mark.parametrize("where", uses_modules_everywhere())
+def test_threads_never_share_a_module_wherever_it_is(threads, where):
+    fn = uses_modules_everywhere()[where]
+    assert_same(estimate(fn, num_samples=6), estimate(fn, threads, num_samples=6))
 
 
 class Simulator:
@@ -412,6 +455,28 @@ def test_a_worker_that_ends_once_costs_nothing(tmp_path, fn, batch_size):
     with Pool(processes(), batch_size, timeout=0.3) as pool:
         got = estimate(fn, pool, args=(str(tmp_path / "once"),), failures=policy)
     assert torch.equal(got.grad, estimate(cubes).grad)
+
+
+def test_threads_that_share_a_pool_do_not_end_each_others_workers(tmp_path):
+    """One death makes one new executor; if several estimates made it anew, each would end that of the others."""
+    made, asked = [], []
+
+    class Recorded(concurrent.futures.ProcessPoolExecutor):
+        def submit(self, fn, /, *args):
+            asked.extend(task.key for task in args[:1])
+            return super().submit(fn, *args)
+
+    def factory():
+        made.append(Recorded(2, mp_context=simulators.CONTEXT))
+        return made[-1]
+
+    with Pool(factory) as pool, ThreadPoolExecutor(3) as threads:
+        estimate(cubes, pool)
+        tasks = [(simulators.rests,), (simulators.rests,), (simulators.kills_once, (str(tmp_path / "once"),))]
+        shares = [threads.submit(estimate, fn, pool, args=args) for fn, *rest in tasks for args in (rest or [()])]
+        assert all(torch.equal(done.result(120).grad, estimate(cubes).grad) for done in shares)
+    assert len(made) == 2
+    assert [key for key, _ in itertools.groupby(asked)] == list(dict.fromkeys(asked)), "estimates ran into each other"
 
 
 def test_an_executor_of_others_that_breaks_is_a_named_error(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zograd import NonFiniteError, Scheme, zero_order
-from zograd.distributions import Gaussian
+from zograd.distributions import Gaussian, Hadamard, Orthogonal, Sobol
 from zograd.shaping import centered_ranks, leave_one_out, standardize, top_directions
 
 
@@ -204,3 +204,35 @@ def test_top_directions_shows_itself_and_pickles():
     shaping = top_directions(4, largest=True)
     assert repr(shaping) == "top_directions(4, largest=True)"
     assert pickle.loads(pickle.dumps(shaping)) == shaping
+
+
+@pytest.mark.parametrize("family", [Hadamard(), Sobol()], ids=repr)
+@pytest.mark.parametrize("shaping", [leave_one_out, centered_ranks, standardize])
+@pytest.mark.parametrize("method", ["naive", "forward"])
+def test_a_baseline_must_not_know_the_sign_of_a_direction(family, shaping, method):
+    """All rows of a Hadamard matrix agree in their first value: the mean would take its whole gradient away."""
+    with pytest.raises(ValueError, match=r"tell each other's signs, .* Use `Orthogonal\(\)` or `Gaussian\(\)`"):
+        zero_order(family, method, num_samples=4, shaping=shaping)
+    zero_order(family, "antithetic", num_samples=4, shaping=shaping)
+
+
+@pytest.mark.statistics
+@pytest.mark.parametrize("method", ["naive", "forward"])
+@pytest.mark.parametrize("lengths", ["chi", "sqrt_d"])
+@pytest.mark.parametrize("num", [2, 5, 7])
+def test_leave_one_out_keeps_the_mean_of_orthogonal_directions(lengths, method, num, checks):
+    """A direction of a frame may be turned round without the others, so that their mean does not know its sign."""
+    settings = zero_order(Orthogonal(lengths), method, num_samples=num, shaping=leave_one_out, evaluator="batched")
+    slope = torch.tensor([1.0, -2.0, 3.0, 0.5, -1.0], dtype=torch.float64)
+    decorated = settings(lambda x: x @ slope + 4)
+    rows = [decorated.replace(seed=checks.seed()).estimate(torch.zeros_like(slope)).grad for _ in range(1000)]
+    samples = torch.stack(rows)
+    checks.mean(samples, slope, effect=float(0.5 * samples.std(dim=0).amax()))
+
+
+@pytest.mark.parametrize("shaping", [standardize, top_directions(2)])
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_the_size_of_the_values_changes_nothing(shaping, size):
+    """Their squares leave the range of float64: the deviation came out infinite, and the gradient zero."""
+    values = torch.tensor([[1.0, 4.0], [2.0, -1.0], [0.5, 3.0]], dtype=torch.float64)
+    torch.testing.assert_close(shaping(values * size), shaping(values))

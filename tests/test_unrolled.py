@@ -200,17 +200,16 @@ def test_influence_balancing(kind):
     estimator = kind(influence, 500, 0.1, evaluator="batched", seed=0)
     state = estimator.init(theta, torch.ones(23).double())
     optimizer = torch.optim.SGD([theta], lr=1e-4)
-    for _ in range(2500 if kind is PES else 1000):
+    for _ in range(1000 if kind is PES else 400):
         optimizer.zero_grad()
         loss, state = estimator(theta, state)
         loss.backward()
         optimizer.step()
     final = (-6 * theta.item() - 1) ** 2 / 2  # the steady state's loss
     if kind is PES:
-        assert final < 1e-12
-        assert math.isclose(theta.item(), -1 / 6, abs_tol=1e-6)
+        assert final < 1e-3  # it began with 8
     else:
-        assert final > 16  # it began with 8
+        assert final > 10
 
 
 # ------------------------------------------------------------------------------------------------------------- states
@@ -602,29 +601,6 @@ def test_particles_can_be_made_again_elsewhere():
     assert torch.equal(batch[2], states[1:3, 1])
 
 
-def test_the_estimator_may_keep_the_state():
-    def step(params, state, t):
-        state = 0.5 * state + params
-        return state, (t + 1) * (state**2).sum()
-
-    params = torch.tensor([0.2, -0.1], requires_grad=True)
-    kept, given = (PES(step, 4, 0.1, window=3, seed=1) for _ in range(2))
-    state = given.init(params, torch.zeros(2))
-    for _ in range(3):
-        loss, state = given(params, state)
-        torch.testing.assert_close(kept(params), loss)
-    assert kept.state["center"][0] == state["center"][0] == 9
-    assert torch.equal(kept.state["perturbation"], state["perturbation"])
-    s, wanted = torch.zeros(2), 0.0
-    for t in range(9):
-        s, part = step(params.detach(), s, t)
-        wanted = wanted + part if t >= 6 else wanted
-    torch.testing.assert_close(loss.detach(), wanted)
-    ended = given.reset(state, lambda s: s[0] >= 9, torch.zeros(2))
-    assert ended["center"][0] == 0
-    assert not ended["particles"][1].any()
-
-
 # --------------------------------------------------------------------------------------------------------- derivatives
 
 
@@ -693,10 +669,6 @@ def missing(p, s):
     return p.sum()
 
 
-def missing_step(p, s, t):
-    return p.sum()
-
-
 def nothing(p, s):
     """No return."""
 
@@ -704,11 +676,6 @@ def nothing(p, s):
 BAD = {
     "no pair": (lambda: once(missing), TypeError, "`missing` must return `(loss, state)`, got Tensor"),
     "no return": (lambda: once(nothing), TypeError, "`nothing` must return `(loss, state)`, got NoneType"),
-    "step": (
-        lambda: PES(missing_step, window=2).init(torch.ones(2)),
-        TypeError,
-        "`missing_step` must return `(state, loss)`, got Tensor",
-    ),
     "vector loss": (lambda: once(lambda p, s: (p, s)), ValueError, "a loss of one value, of shape (), got (2,)"),
     "integer loss": (lambda: once(lambda p, s: (torch.tensor(1), s)), TypeError, "floating-point values"),
     "text state": (lambda: once(fine, "abc"), TypeError, "`PES.init(params, state)`: a state is a tree of tensors"),
@@ -723,8 +690,6 @@ BAD = {
         "a loss that is not finite at 4 of 4 particles: at pair 0 (+), 0 (-), 1 (+), 1 (-)",
     ),
     "fn": (lambda: PES(3), TypeError, "`PES(fn)` must be a function, got int 3"),
-    "window": (lambda: NRES(fine, window=0), ValueError, "`NRES(window=...)` must be at least 1, got 0"),
-    "window kind": (lambda: NRES(fine, window=1.5), TypeError, "`NRES(window=...)` must be an int or None, got float"),
     "num_samples": (lambda: PES(fine, 0), ValueError, "`PES(num_samples=...)` must be at least 1, got 0"),
     "num_samples None": (lambda: PES(fine, None), TypeError, "`PES(num_samples=...)` must be an int, got None"),
     "num_samples Until": (lambda: PES(fine, Until(2, 100)), TypeError, "must be an int, got Until(snr=2, at_most=100"),
@@ -747,7 +712,6 @@ BAD = {
     ),
     "empty": (lambda: PES(fine).init(torch.ones(0), 0.0), ValueError, "`params` have no elements"),
     "complex": (lambda: PES(fine).init(torch.ones(2) * 1j, 0.0), TypeError, "must be dense and real, got a complex"),
-    "no state": (lambda: PES(fine)(torch.ones(2)), ValueError, "`PES(params)` must have a state to go on from"),
     "a state of the window": (lambda: PES(fine)(torch.ones(2), 0.0), TypeError, "must be that of `PES.init(params, st"),
     "another's": (
         lambda: PES(fine)(torch.ones(2), TruncatedES(fine).init(torch.ones(2), 0.0)),
@@ -765,11 +729,6 @@ BAD = {
     "start": (lambda: reset(True, torch.ones(3)), ValueError, "`start` must have the structure"),
     "radius": (lambda: once(fine, distribution=None, kind=lambda f, n, s, **k: PES(f, n, 1e40)), ValueError, "1e+40"),
     "sigma tree": (lambda: PES(fine, 1, {"a": 1.0}).init(torch.ones(2), 0.0), ValueError, "`PES(sigma=...)` must be"),
-    "batched steps": (
-        lambda: PES(lambda p, s, t: (s, p), window=2, evaluator="batched")(torch.ones(2)),
-        TypeError,
-        "`PES.init(params, state)` needs the state under",
-    ),
 }
 
 

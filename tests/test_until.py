@@ -9,9 +9,10 @@ import torch
 
 import zograd
 from statistical import flat
-from zograd import Until, zero_order
+from zograd import EvaluationError, SecondDerivativeError, Until, zero_order
 from zograd.distributions import Coordinate, Gaussian, Hadamard, LowRank, Orthogonal
 from zograd.evaluators import Journal, Loop, Vmap
+from zograd.failures import Drop, Retry
 from zograd.shaping import centered_ranks, leave_one_out
 
 D = 6
@@ -84,6 +85,14 @@ def test_backward_and_a_second_derivative(shaping):
         h = (h - h.mean()) * (len(h) / (len(h) - 1))
         expected = ((rows @ SLOPE * h) @ rows / len(h) - h.mean() * SLOPE) / 0.01
         torch.testing.assert_close(product, expected)
+
+
+def test_instances_of_vmap_have_first_derivatives_of_their_own_length():
+    rows = torch.stack([X, X + 1])
+    each = decorated(lambda x: fn(x) + (x**3).sum(), sigma=0.3)
+    assert torch.func.vmap(torch.func.grad(each))(rows).shape == rows.shape
+    with pytest.raises(SecondDerivativeError, match="`Until` takes another number of directions for each instance"):
+        torch.func.vmap(torch.func.jacrev(torch.func.grad(each)))(rows)
 
 
 def test_slices_together_decide():
@@ -182,6 +191,26 @@ def test_bad_numbers(args, error, message):
 def test_settings_that_need_all_values_at_once(changes, message):
     with pytest.raises(ValueError, match=message):
         decorated(**changes)
+
+
+@pytest.mark.parametrize("distribution", [Orthogonal(), Hadamard()], ids=repr)
+@pytest.mark.parametrize("failures", [Drop(0.1), Retry(1, then=Drop(0.1))], ids=repr)
+def test_what_is_left_of_dependent_directions_tells_no_noise(distribution, failures):
+    with pytest.raises(ValueError, match=r"directions depend on each other, so that what is left .* `Gaussian\(\)`"):
+        decorated(distribution=distribution, failures=failures)
+
+
+@pytest.mark.parametrize(("least", "stops"), [(0.2, False), (0.6, True)])
+def test_the_fraction_that_must_survive_is_one_of_the_directions_taken(least, stops):
+    """Not of the bound, which is far above: with every second one lost, the few that were taken are too few."""
+    calls = iter(range(100_000))
+
+    def failing(x):
+        return fn(x) * (math.nan if next(calls) % 4 == 3 else 1.0)  # the center, then two points a direction
+
+    few = decorated(failing, failures=Drop(least), at_most=100_000, snr=1.0)
+    with pytest.raises(EvaluationError, match=r"min_success=0\.6") if stops else pytest.warns(match="were dropped"):
+        assert len(few.estimate(X).directions) < 1000
 
 
 @pytest.mark.parametrize("distribution", [Orthogonal(), Coordinate()], ids=repr)

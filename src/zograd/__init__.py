@@ -80,3 +80,7 @@ __all__ = [  # noqa: RUF022 - grouped as the reader meets them
     "__version__",
     "show_versions",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -345,6 +345,10 @@ class _Differences(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: torch.Tensor) -> tuple[Any, int]:
+        if plan.setup.recipe.until is not None and info.batch_size > 1:
+            raise SecondDerivativeError(
+                refused("under vmap `Until` takes another number of directions for each instance: give a number")
+            )
         return _each(_Differences, info.batch_size, in_dims, plan, tensors), 0
 
 

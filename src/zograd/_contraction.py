@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+
+from zograd._precision import full_precision
 
 if TYPE_CHECKING:
     from zograd._points import Directions
     from zograd._tree import Space
 
-__all__ = ["Coefficients", "Contraction", "by_slice", "contract", "from_slices", "full_precision", "project", "weigh"]
+__all__ = ["Coefficients", "Contraction", "by_slice", "contract", "from_slices", "project", "weigh"]
 
 Coefficients: TypeAlias = "torch.Tensor | list[float]"
 
@@ -71,14 +72,6 @@ def contract(directions: Directions, sigma: tuple[float, ...], coefficients: tor
     contraction = Contraction(directions, sigma)
     contraction.add(coefficients)
     return contraction.result()
-
-
-_NOTHING = contextlib.nullcontext()
-
-
-def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """No autocast: a matrix-vector product of ours in bfloat16 would round the gradient to three digits."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _NOTHING
 
 
 def by_slice(values: torch.Tensor, space: Space, lead: int) -> torch.Tensor:

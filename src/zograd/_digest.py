@@ -164,9 +164,13 @@ class Digest:
 
         Numbers, texts, tensors, arrays, functions and modules in its closure, among the globals it names, or in its
         object, count; lists and other things that may be logs do not, nor does what the function itself assigns to.
+        The arguments that a partial holds count whatever they are.
+
+        Raises:
+            Undigestable: if one of those is something that has no digest.
         """
         if isinstance(fn, functools.partial):
-            self._known(dict(enumerate([*fn.args, *fn.keywords.items()])), set())
+            self.add(list(fn.args)).add(fn.keywords)  # arguments like those of a call, and no logs
             self.captured(fn.func)
             return
         if isinstance(fn, types.MethodType):

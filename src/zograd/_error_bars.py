@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zograd._contraction import contract, full_precision
+from zograd._contraction import contract
+from zograd._precision import full_precision
 from zograd.distributions.base import Dense
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class ErrorBars:
 
     Args:
         mean: the estimate, of shape (size,).
-        variance: that of each of its entries.
+        variance: that of each of its entries, in float64: squares of small numbers leave the range of float32.
         groups: the independent groups of directions it was made of.
         halves: makes the estimates of two independent halves of the groups.
     """
@@ -48,7 +49,7 @@ class ErrorBars:
     @cached_property
     def noise(self) -> float:
         """The squared length of the error."""
-        return float(self.variance.sum(dtype=torch.float64))
+        return float(self.variance.sum())
 
     @cached_property
     def signal(self) -> float:
@@ -188,13 +189,14 @@ def spread(groups: Groups, weights: torch.Tensor, mean: torch.Tensor) -> ErrorBa
     total, num = torch.zeros_like(mean), len(groups.directions)
     left = num if groups.alive is None else groups.count
     weights = weights * (left / num)  # without what makes the mean over all directions that over the survivors
+    unit = _unit(weights, groups.sigma)
     with full_precision(mean.device):
-        for lo, rows in groups.sums(weights.to(mean)):
-            deviations = rows - groups.held(lo) * mean
+        for lo, rows in groups.sums((weights / unit).to(mean)):
+            deviations = rows - groups.held(lo) * (mean / unit)
             if groups.alive is not None:
                 deviations = deviations[groups.alive[lo : lo + len(rows)].to(mean.device)]
             total += deviations.square_().sum(dim=0)
-    variance = total * (groups.count / (groups.count - 1) / left**2)
+    variance = total.double() * (unit**2 * groups.count / (groups.count - 1) / left**2)
     return ErrorBars(mean, variance, groups, _halves(groups, lambda kept: weights * kept.to(weights).unsqueeze(1)))
 
 
@@ -213,9 +215,15 @@ def compared(groups: Groups, only: Callable[[torch.Tensor], torch.Tensor], mean:
     step = math.ceil(groups.count / _FOLDS) * groups.size
     part = torch.arange(len(groups.directions)) // step
     masks = [part != k for k in range(int(part[-1]) + 1)]
-    means = torch.stack([_from(groups, only(kept), kept) for kept in masks if groups.among(kept)])
+    means = torch.stack([_from(groups, only(kept), kept) for kept in masks if groups.among(kept)]).double()
     variance = (means - means.mean(dim=0)).square_().sum(dim=0) * ((len(means) - 1) / len(means))
     return ErrorBars(mean, variance, groups, _halves(groups, only))
+
+
+def _unit(weights: torch.Tensor, sigma: tuple[float, ...]) -> float:
+    """A power of two of the size of the largest term, in whose units no square leaves the range of the dtype."""
+    largest = float(weights.abs().max()) / min(sigma)
+    return 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
 
 
 def _halves(groups: Groups, only: Callable[[torch.Tensor], torch.Tensor]) -> Halves:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from zograd._precision import full_precision
 from zograd._tree import take_apart
 
 __all__ = ["Factored", "dense"]
@@ -46,8 +47,9 @@ class Factored(torch.Tensor):
         if self._of is not None:
             return self._of.sum_of_parts().t()
         if self._sum is None:
-            change = (self.left @ self.right.t()).view(self.weight.shape)
-            self._sum = (self.weight + change).to(self.weight.dtype)
+            with full_precision(self.weight.device):
+                change = (self.left @ self.right.t()).view(self.weight.shape)
+                self._sum = (self.weight + change).to(self.weight.dtype)
         return self._sum
 
     def thin(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -103,7 +105,7 @@ def _inner(x: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def _added(base: torch.Tensor, inner: torch.Tensor, left: torch.Tensor, bias: Any = None) -> torch.Tensor:
     """``base + inner @ left.T + bias``."""
     thick = base.dim() == 1 or left.shape[1] > 1
-    out = base + inner @ left.t() if thick else torch.addcmul(base, inner, left.t())
+    out = base + inner @ left.t() if thick else torch.addcmul(base, inner, left.t()).to(base.dtype)  # under autocast
     return out if bias is None else out.add_(bias)
 
 
@@ -163,7 +165,8 @@ def _embedding(
     if not _matrix(weight) or max_norm is not None:
         return NotImplemented
     left, right = weight.thin()
-    return _added(F.embedding(input, weight.weight, padding_idx), F.embedding(input, left), right)
+    with full_precision(weight.weight.device):  # as torch's own, which has no product to be cast
+        return _added(F.embedding(input, weight.weight, padding_idx), F.embedding(input, left), right)
 
 
 def _convolution(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
@@ -250,6 +253,9 @@ def _attention(
             attn_mask = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(attn_mask, -math.inf)
         scores = scores + attn_mask
     weights = scores.softmax(dim=-1)
+    if attn_mask is not None and not need_weights:
+        # As torch has it: nothing to attend to gives zeros here, and is not a number where weights are asked for.
+        weights = weights.masked_fill((scores == -math.inf).all(dim=-1, keepdim=True), 0.0)
     out = (weights @ v).transpose(0, 1).reshape(length, batch, width)
     out = F.linear(out, out_proj_weight, out_proj_bias)
     if not need_weights:

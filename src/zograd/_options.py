@@ -16,7 +16,7 @@ from zograd.evaluators import EVALUATORS, Evaluator
 from zograd.failures import Drop, Retry, dropping
 from zograd.sampling import Until
 from zograd.schemes import SCHEMES, Scheme
-from zograd.shaping import check_shaping, leave_one_out
+from zograd.shaping import centered_ranks, check_shaping, leave_one_out, standardize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -152,6 +152,12 @@ class Options:
                 f"`{self.call}(surrogate=..., num_samples={self.num_samples})`: the surrogate's factor is fitted to "
                 "all directions at once: give a number."
             )
+        if isinstance(self.num_samples, Until) and dropping(self.failures) and not self.distribution.independent:
+            raise ValueError(
+                f"`{self.call}({self.distribution}, num_samples={self.num_samples}, failures={self.failures})`: the "
+                "directions depend on each other, so that what is left of them where some are dropped does not tell "
+                "the noise. Use `Gaussian()`, or `Retry`."
+            )
         if self.surrogate is not None and dropping(self.failures) is not None:
             raise ValueError(
                 f"`{self.call}(surrogate=..., failures={self.failures})`: the halves of the directions that a "
@@ -167,6 +173,19 @@ class Options:
                 raise ValueError(f"{typed}: `Until` sees the noise of values as they are: use `shaping=None`.")
             num = self.num_samples.bound if isinstance(self.num_samples, Until) else self.num_samples
             check_shaping(self.shaping, num, sides, typed, is_difference=is_difference)
+            self._check_baseline(typed)
+
+    def _check_baseline(self, typed: str) -> None:
+        """A baseline from other directions must not know the sign of this one."""
+        family = self.distribution
+        if family.independent or family.symmetric or self.method.sides_cancel:
+            return
+        if self.shaping in (leave_one_out, centered_ranks, standardize):
+            raise ValueError(
+                f"{typed}: the directions of {family} tell each other's signs, so that a baseline from the others "
+                "takes part of the gradient away. Use `Orthogonal()` or `Gaussian()`, or a scheme whose weights sum to "
+                "zero without the center, such as 'antithetic'."
+            )
 
     def _check_differences(self) -> None:
         """Directions with a mean that is not zero would carry the level of ``fn`` into the gradient."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from zograd._precision import full_precision
 from zograd._reuse import Room, is_small
 from zograd._threads import cores, second_thread
 from zograd.distributions.base import Dense
@@ -160,7 +161,9 @@ class Directions:
 
     def _draw(self, block: int, noise: Noise) -> None:
         if self.replayable:
-            self.distribution.draw(self.space, noise, self.seed, block)
+            # The same bits in every thread: autocast is of the thread, and the sum draws without it.
+            with full_precision(self.space.device):
+                self.distribution.draw(self.space, noise, self.seed, block)
             return
         while len(self._kept) <= block:
             rows = min(self.block, self.num - len(self._kept) * self.block)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from zograd._objective import Objective
     from zograd._points import Points
-    from zograd._tree import Leaves
+    from zograd._tree import Leaves, Space
     from zograd.distributions.base import Distribution
     from zograd.evaluators.base import Evaluator
     from zograd.schemes import Scheme
@@ -114,14 +114,20 @@ class Surrogate:
             raise NonFiniteError(f"{self._typed} has a non-finite value or gradient at a point of the estimate.")
         return values, flat
 
-    def _call(self, params: Leaves) -> Any:
-        args, kwargs = self._build(params)
-        return self._h(*args, **kwargs)
+    def _call(self, params: Leaves) -> torch.Tensor:
+        args, kwargs = self._build(tuple(p.clone() for p in params))  # which h may write to, like fn
+        out = self._h(*args, **kwargs)
+        if not isinstance(out, torch.Tensor):  # here, since vmap has its own words for it
+            raise ValueError(f"{self._typed} must return a tensor, got {type(out).__name__} {out!r:.80}.")
+        return out
 
-    def _check(self, out: Any, wanted: tuple[int, ...]) -> None:
-        if not isinstance(out, torch.Tensor) or tuple(out.shape) != wanted:
-            got = f"the shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else f"{out!r:.80}"
-            raise ValueError(f"{self._typed} must return a tensor of shape {wanted}, as `fn` does, got {got}.")
+    def _check(self, out: torch.Tensor, wanted: tuple[int, ...]) -> None:
+        if tuple(out.shape) != wanted:
+            raise ValueError(
+                f"{self._typed} must return a tensor of shape {wanted}, as `fn` does, got the shape {tuple(out.shape)}."
+            )
+        if torch.is_inference_mode_enabled():
+            raise ValueError(f"{self._typed} needs its gradient: use `torch.no_grad()`, not `torch.inference_mode()`.")
         if not out.requires_grad:
             raise ValueError(
                 f"{self._typed} must be differentiable by autograd in the differentiated arguments: what it returned "
@@ -133,11 +139,12 @@ class _Half:
     """Sums over every other group, of its sum A of ``fn``'s part and its sum B of the surrogate's.
 
     Args:
-        size: values of a direction.
+        space: the layout of the parameters.
     """
 
-    def __init__(self, size: int) -> None:
-        self.a, self.b, self.aa, self.ab, self.bb, self.na, self.nb = torch.zeros(7, size, dtype=torch.float64)
+    def __init__(self, space: Space) -> None:
+        totals = torch.zeros(7, space.size, dtype=torch.float64, device=space.device)
+        self.a, self.b, self.aa, self.ab, self.bb, self.na, self.nb = totals
         self.groups = self.directions = self.squares = 0
 
     def add(self, held: int, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -178,8 +185,8 @@ class ControlVariate:
     def __init__(self, surrogate: Surrogate, points: Points, scheme: Scheme, coefficients: torch.Tensor) -> None:
         directions = points.directions
         self._groups = Groups(directions, points.sigma)
-        self._halves = (_Half(directions.space.size), _Half(directions.space.size))
-        self._collect(self._rows(surrogate, points, scheme, coefficients))
+        self._halves = (_Half(directions.space), _Half(directions.space))
+        self._collect(self._rows(surrogate, points, scheme, coefficients.to(directions.space.device)))
         first, second = self._halves
         self.factors: tuple[float, float] = (second.factor(), first.factor())
         total = sum(half.a + a * half.b for a, half in zip(self.factors, self._halves, strict=True))
@@ -190,9 +197,9 @@ class ControlVariate:
         self, surrogate: Surrogate, points: Points, scheme: Scheme, coefficients: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """The parts of ``fn`` and of the surrogate for some directions at a time, float64 rows of shape (size,)."""
-        center = torch.tensor(surrogate.center() if scheme.uses_center else 0.0, dtype=torch.float64)
+        center = coefficients.new_tensor(surrogate.center() if scheme.uses_center else 0.0)
         slopes = {c: w * c for c, w in zip(scheme.offsets, scheme.weights, strict=True) if c}
-        radii = self._groups.radii(torch.zeros((), dtype=torch.float64))
+        radii = self._groups.radii(torch.zeros((), dtype=torch.float64, device=points.directions.space.device))
         for lo, values, gradients in surrogate.spans():
             hi = lo + len(values)
             eps = self._groups.rows(lo, hi).double() / radii
@@ -225,7 +232,7 @@ class ControlVariate:
             squares = half.aa + 2 * a * half.ab + a * a * half.bb
             total += squares - 2 * self._mean * (half.na + a * half.nb) + self._mean.square() * half.squares
         variance = total.clamp_(min=0) * (groups.count / (groups.count - 1) / len(groups.directions) ** 2)
-        return ErrorBars(self.mean, variance.to(self.mean), groups, self._both)
+        return ErrorBars(self.mean, variance, groups, self._both)
 
     def _both(self) -> tuple[torch.Tensor, torch.Tensor]:
         first, second = (

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from zograd._autograd import Plan, Setup, is_tracked
-from zograd._contraction import full_precision
 from zograd._objective import Objective
 from zograd._particles import SIDES, Particles, Values, draw, evaluate
+from zograd._precision import full_precision
 from zograd._random import derive
 from zograd._tree import Arguments, Leaves, Space, flatten, sigma_per_leaf, unsupported
 from zograd.errors import ZeroOrderWarning
@@ -156,8 +156,8 @@ def set_up(
     space, sigma = Space.of(leaves), tuple([radii[i] for i in tracked])
     check_radii(sigma, o.method, space.dtype, o.call)
     warn_below_resolution(tuple([p.detach() for p in leaves]), sigma, o.call)
-    assert isinstance(o.num_samples, int)  # None is for directions with another mean than zero
-    recipe = WindowRecipe(o.distribution, o.method, o.num_samples, sigma, o.evaluator)
+    num = cast("int", o.num_samples)  # None is for directions with another mean than zero
+    recipe = WindowRecipe(o.distribution.at_radii(sigma), o.method, num, sigma, o.evaluator)
     # A number stands for the packed state, and the function comes as an argument: so a journal reads what it does.
     arguments = flatten((params, 0.0, fn, *args), {}, (0, 1))
     packed = arguments.form.spans[1][0]

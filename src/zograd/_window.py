@@ -12,38 +12,7 @@ import torch
 from zograd._objective import as_tensor
 from zograd._tree import Leaves, same_structure, take_apart
 
-__all__ = ["Layout", "Steps", "Window", "pair"]
-
-
-def pair(out: Any, name: str, form: str) -> tuple[Any, Any]:
-    """What a window or a step returned, which is two things."""
-    if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(f"{name} must return `{form}`, got {type(out).__name__} {out!r:.80}.")
-    return out
-
-
-@dataclass(frozen=True)
-class Steps:
-    """A window of ``num`` steps, the state being ``(t, state)`` with t the steps done.
-
-    Attributes:
-        step: called as ``step(params, state, t, *args)``, to return ``(state, loss)``.
-        num: steps.
-        name: how errors call the step.
-    """
-
-    step: Callable[..., Any]
-    num: int
-    name: str
-
-    def __call__(self, params: Any, state: Any, *args: Any) -> tuple[Any, Any]:
-        """The sum of the losses, and the state after the last step."""
-        time, inner = state
-        total: Any = 0.0
-        for k in range(self.num):
-            inner, loss = pair(self.step(params, inner, time + k, *args), self.name, "(state, loss)")
-            total = total + loss
-        return total, (time + self.num, inner)
+__all__ = ["Layout", "Window"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +121,9 @@ class Window:
         lead = packed.shape[: self._lead]
         # Detached: if fn differentiates, params may require grad here, but the state is its own affair.
         out = fn(params, self._layout.unpack(packed.detach()), *args)
-        loss, state = pair(out, self._name, "(loss, state)")
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(f"{self._name} must return `(loss, state)`, got {type(out).__name__} {out!r:.80}.")
+        loss, state = out
         loss = as_tensor(loss, self._name) if not isinstance(loss, float) else packed.new_tensor(loss)
         if loss.shape != lead:
             raise ValueError(

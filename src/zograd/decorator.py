@@ -199,19 +199,19 @@ class ZeroOrderFunction(Generic[P]):
         _check_leaves(params, o)
         positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
         sigma = sigma_per_leaf(o.sigma, arguments, several=len(o.argnums) > 1)
+        of_leaf = dict(zip(arguments.chosen, sigma, strict=True))
+        radii = tuple(of_leaf[i] for i in chosen)
         space = Space.of(params, o.batch_dim)
-        radii = dict(zip(arguments.chosen, sigma, strict=True))
-        space = Space.of(params, o.batch_dim)
-        check_radii(tuple(radii[i] for i in chosen), o.method, space.dtype, o.call)
+        check_radii(radii, o.method, space.dtype, o.call)
         return Setup(
             positions=positions,
             chosen=tuple(positions.index(i) for i in chosen),
             others=tuple((k, i) for k, i in enumerate(positions) if i not in chosen),
             recipe=Recipe(
-                o.distribution,
+                o.distribution.at_radii(radii),
                 o.method,
                 num.bound if isinstance(num, Until) else num or space.dim,
-                tuple(radii[i] for i in chosen),
+                radii,
                 o.evaluator,
                 o.shaping,
                 o.surrogate,

@@ -25,3 +25,7 @@ __all__ = [
     "check",
     "check_distribution",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

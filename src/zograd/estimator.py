@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zograd._contraction import Contraction, contract, weigh
+from zograd._contraction import Contraction, by_slice, contract, weigh
 from zograd._curvature import by_direction, differences, hessian_product, refusal, refused
 from zograd._error_bars import ErrorBars, Groups, compared, spread
 from zograd._points import Directions, Points
@@ -96,12 +96,14 @@ class Evidence:
         """The second difference along each direction, float64 of shape (N, *out), the mean of the others removed."""
         values, alive = _joined(self._pieces), self.alive
         if alive is None:
-            return differences(self.recipe.scheme, directions, values, self._center)
+            rows = differences(self.recipe.scheme, directions, values, self._center)
+            return rows.to(directions.space.device)  # of a black box on the CPU they are there
         if not directions.distribution.independent:
             raise SecondDerivativeError(
                 refused(f"directions were dropped, and those of {directions.distribution} depend on each other")
             )
-        return _spread(differences(self.recipe.scheme, directions, values[alive], self._center), alive)
+        rows = _spread(differences(self.recipe.scheme, directions, values[alive], self._center), alive)
+        return rows.to(directions.space.device)
 
     @cached_property
     def alive(self) -> torch.Tensor | None:
@@ -112,6 +114,12 @@ class Evidence:
     def reshaped(self, kept: torch.Tensor) -> torch.Tensor:
         """The coefficients that a shaping makes of the values of some directions alone, zero at the others."""
         kept = kept if self.alive is None else kept & self.alive
+        num, sides = int(kept.sum()), len(self.recipe.scheme.sides)
+        if num * sides < 2:
+            raise ValueError(
+                f"`estimate.standard_error()` shapes parts of the values on their own, and a part of {num} has nothing "
+                "to be compared with: `num_samples` must be at least 4 here."
+            )
         rows = torch.zeros(len(kept), 1, dtype=torch.float64)
         rows[kept, 0] = _shaped(_joined(self._pieces)[kept], self._center, self.recipe).cpu()
         return rows
@@ -177,8 +185,12 @@ class Estimate:
                 f"`estimate.vjp(cotangent)` must have the shape of the value, {tuple(self.value.shape)}, got "
                 f"{tuple(cotangent.shape)}."
             )
-        weights = weigh(self.coefficients, cotangent, self.directions.space)
-        flat = contract(self.directions, self.sigma, weights)
+        space = self.directions.space
+        if self._flat is None:
+            flat = contract(self.directions, self.sigma, weigh(self.coefficients, cotangent, space))
+        else:  # not from the coefficients: a surrogate has a part in it
+            by_value = by_slice(cotangent.to(self._flat), space, 0)
+            flat = (self._flat.view(space.slices, space.dim) * by_value).view(-1)
         check_gradient(flat, cotangent)
         return self._tree(flat)
 
@@ -333,6 +345,9 @@ class Estimate:
         space = self.directions.space
         return self._structure(space.cast(space.split(flat)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: part for name, part in self.__dict__.items() if name != "_error_bars"}  # made again if asked for
+
     def __repr__(self) -> str:
         return (
             f"Estimate(value={self.value}, num_samples={len(self.directions)}, evaluations={self.evaluations}, "
@@ -453,6 +468,8 @@ def _run(
             pieces.close()
     if waits:
         directions = directions.first(hi)
+        if drop and recipe.until:
+            _check_survivors(drop, lost, hi, objective.name)
         kept = [_survivors(_joined(seen), center, recipe)]
         if lost:
             _warn_of_dropped(lost, hi, objective.name)
@@ -513,7 +530,7 @@ def _controlled(
         )
     recipe = evidence.recipe
     approximation = Surrogate(surrogate, objective, points, recipe.evaluator)
-    evidence.control = ControlVariate(approximation, points, recipe.scheme, coefficients.cpu())
+    evidence.control = ControlVariate(approximation, points, recipe.scheme, coefficients)
     check_gradient(evidence.control.mean)
     return evidence.control.mean
 

@@ -18,6 +18,10 @@ from zograd.errors import (
 __all__ = ["Drop", "Failures", "Retry", "is_failure"]
 
 
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 @dataclass(frozen=True)
 class Drop:
     r"""Leave out the directions of which an evaluation failed: the mean is over the M survivors.

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 __all__ = ["ZeroOrder", "ZeroOrderGradientModule"]
 
 
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 class _ModuleFunction:
     """A module as a function of its trainable parameters: the center on itself, all other points on replicas."""
 

@@ -6,14 +6,16 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zograd._contraction import contract, full_precision
+from zograd._contraction import contract
 from zograd._objective import as_tensor, wants_grad
 from zograd._overlay import Overlay
 from zograd._points import Directions
+from zograd._precision import full_precision
 from zograd._random import FnStream, derive, draw_seed
 from zograd._tree import Leaves, Space, unsupported
 from zograd.distributions.adapter import adapt
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
     from zograd.distributions.base import Distribution
 
 __all__ = ["MeZO", "Records", "replay"]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
 
 _SEED_BITS = 32  # of a step: what a record holds
 
@@ -74,6 +81,9 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.seeds)
+
+    def __repr__(self) -> str:
+        return f"Records(steps={len(self)}, num_samples={self.num_samples}, distribution={self.distribution})"
 
     @property
     def nbytes(self) -> int:
@@ -155,9 +165,8 @@ class Records:
         return cls.from_state_dict(torch.load(path, weights_only=True))
 
     def _append(self, seed: int, coefficients: list[float], groups: list[_Group], params: Leaves) -> None:
-        if not self.seeds:
-            self.double = any(p.dtype == torch.float64 for p in params)
-            self.coefficients = array("d" if self.double else "f")
+        if not self.double and any(p.dtype == torch.float64 for p in params):  # a group of them may come later
+            self.double, self.coefficients = True, array("d", self.coefficients)
         if not self.changes or self.changes[-1][1] != groups:
             self.changes.append((len(self), groups))
             self.shapes = [tuple(p.shape) for p in params]
@@ -232,10 +241,7 @@ class MeZO(torch.optim.Optimizer):
             )
         if num_samples < 1:
             raise ValueError(f"`MeZO(num_samples=...)` must be at least 1, got {num_samples}.")
-        if seed is not None and not 0 <= seed < 1 << 63:
-            raise ValueError(f"`MeZO(seed=...)` must lie in [0, 2**63), got {seed}.")
-        if seed is not None and generator is not None:
-            raise ValueError("`MeZO(generator=..., seed=...)` must not have both: `seed` fixes every step.")
+        _check_streams(seed, generator)
         self.num_samples: int = num_samples
         self.distribution: Distribution = adapt(distribution, "MeZO")
         self.records: Records = Records(num_samples, repr(self.distribution))
@@ -261,15 +267,17 @@ class MeZO(torch.optim.Optimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         for name in ("lr", "sigma", "weight_decay"):
-            value = float(group[name])
-            if not (value > 0 if name == "sigma" else value >= 0) or math.isinf(value):
-                limit = "positive and finite" if name == "sigma" else "at least 0 and finite"
-                raise ValueError(f"`MeZO({name}=...)` must be {limit}, got {group[name]!r}.")
+            _setting(group, name)
         for p in group["params"]:
             kind = unsupported(p) or ("" if p.is_floating_point() else f"a tensor of {p.dtype}")
             if kind:
                 raise TypeError(
                     f"`MeZO(params)`: parameters must be dense and real, got {kind} of shape {tuple(p.shape)}."
+                )
+            if any(step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)):
+                raise ValueError(
+                    "`MeZO(params)`: each value of a parameter must have its own memory to be written to, got an "
+                    f"expanded tensor of shape {tuple(p.shape)}: `clone()` it."
                 )
         devices = {str(p.device) for g in self.param_groups for p in g["params"]}
         if len(devices) > 1:
@@ -293,16 +301,17 @@ class MeZO(torch.optim.Optimizer):
             NonFiniteError: if it returns a value that is not finite.
             ReplayError: if the distribution's directions cannot be made again.
         """
-        if closure is None:
+        if not callable(closure):
             raise TypeError(
-                "`MeZO.step(closure)` needs a closure that returns the loss, got None: write `opt.step(lambda: "
-                "loss(model(x), y))`; it is called at perturbed parameters."
+                f"`MeZO.step(closure)` needs a closure that returns the loss, got {closure!r:.80}: write "
+                "`opt.step(lambda: loss(model(x), y))`; it is called at perturbed parameters."
             )
         params, groups = self._params(), self._groups()
         trained = [i for group in groups for i in group.trained]
         chosen = tuple(params[i] for i in trained)
-        if not chosen:
-            raise ValueError("`MeZO.step(closure)`: no parameter requires grad, so there is nothing to train.")
+        if not sum(p.numel() for p in chosen):
+            which = "of those that require grad has a value" if chosen else "requires grad"
+            raise ValueError(f"`MeZO.step(closure)`: no parameter {which}, so there is nothing to train.")
         sigma = tuple(group.sigma for group in groups for _ in group.trained)
         if not self._warned:
             self._warned = True
@@ -334,6 +343,11 @@ class MeZO(torch.optim.Optimizer):
         values = _evaluate(closure, chosen, directions, sigma, len(self.records), tally)
         kept = torch.tensor([ANTITHETIC.difference(row, 0.0) for row in values], dtype=dtype)
         coefficients: list[float] = kept.tolist()
+        if not all(map(math.isfinite, coefficients)):
+            raise NonFiniteError(
+                f"`MeZO.step(closure)`: the closure's values, up to {max(abs(v) for row in values for v in row):.3g}, "
+                f"have differences beyond the range of {dtype}; the parameters are as before the step. Scale the loss."
+            )
         _update(params, groups, directions, coefficients)
         self.records._append(directions.seed, coefficients, groups, params)
         return torch.tensor(values, dtype=torch.float64).mean().to(dtype)
@@ -345,9 +359,9 @@ class MeZO(torch.optim.Optimizer):
         indices = {id(p): i for i, p in enumerate(self._params())}
         return [
             _Group(
-                float(group["lr"]),
-                float(group["sigma"]),
-                float(group["weight_decay"]),
+                _setting(group, "lr"),  # checked again: schedulers and users set them
+                _setting(group, "sigma"),
+                _setting(group, "weight_decay"),
                 tuple(indices[id(p)] for p in group["params"] if p.requires_grad),
             )
             for group in self.param_groups
@@ -357,6 +371,13 @@ class MeZO(torch.optim.Optimizer):
         seed = self._seed
         drawn = draw_seed(None, self._generator) if seed is None else derive(seed, len(self.records))
         return drawn & ((1 << _SEED_BITS) - 1)
+
+    def __repr__(self) -> str:
+        groups = [{name: group[name] for name in ("lr", "sigma", "weight_decay")} for group in self.param_groups]
+        settings = {**groups[0], "num_samples": self.num_samples, "distribution": self.distribution, "seed": self._seed}
+        shown = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        others = f", other groups: {groups[1:]}" if len(groups) > 1 else ""
+        return f"MeZO({shown}{others})"
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("num_samples", "distribution", "records", "_seed", "_generator", "_warned")
@@ -419,10 +440,41 @@ def replay(records: Records, params: Iterable[torch.Tensor], distribution: Distr
     shapes = [tuple(p.shape) for p in leaves]
     if shapes != records.shapes and len(records):
         raise ValueError(f"`replay(records, params)`: the run had parameters of shapes {records.shapes}, got {shapes}.")
+    if len(records) and records.double != any(p.dtype == torch.float64 for p in leaves):  # other random streams
+        ran = "some" if records.double else "none"
+        raise ValueError(
+            f"`replay(records, params)`: {ran} of the run's parameters were of float64, got "
+            f"{[p.dtype for p in leaves]}."
+        )
     with torch.no_grad():
         for seed, coefficients, groups in records.steps():
             space = Space.of(tuple(leaves[i] for group in groups for i in group.trained))
             _update(leaves, groups, Directions(family, space, seed, records.num_samples), coefficients)
+
+
+def _check_streams(seed: Any, generator: Any) -> None:
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"`MeZO(seed=...)` must be an int or None, got {type(seed).__name__} {seed!r:.80}.")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        got = f"{type(generator).__name__} {generator!r:.80}"
+        raise TypeError(f"`MeZO(generator=...)` must be a torch.Generator or None, got {got}.")
+    if seed is not None and not 0 <= seed < 1 << 63:
+        raise ValueError(f"`MeZO(seed=...)` must lie in [0, 2**63), got {seed}.")
+    if seed is not None and generator is not None:
+        raise ValueError("`MeZO(generator=..., seed=...)` must not have both: `seed` fixes every step.")
+
+
+def _setting(group: dict[str, Any], name: str) -> float:
+    """A number of a group, which may be a tensor, as torch's optimizers have it."""
+    value = group[name]
+    number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"`MeZO({name}=...)` must be a number, got {type(value).__name__} {value!r:.80}.")
+    setting = float(number)
+    if not (setting > 0 if name == "sigma" else setting >= 0) or math.isinf(setting):
+        limit = "positive and finite" if name == "sigma" else "at least 0 and finite"
+        raise ValueError(f"`MeZO({name}=...)` must be {limit}, got {value!r}.")
+    return setting
 
 
 def _evaluate(

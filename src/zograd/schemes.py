@@ -22,6 +22,11 @@ Value = TypeVar("Value", float, "torch.Tensor")
 
 __all__ = ["ANTITHETIC", "FORWARD", "FOURTH_ORDER", "NAIVE", "SCHEMES", "Scheme"]
 
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 _TOLERANCE = 1e-9  # weights such as 2/3 are not exact in binary
 
 

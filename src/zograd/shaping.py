@@ -26,6 +26,11 @@ import torch
 
 __all__ = ["Shaping", "centered_ranks", "leave_one_out", "standardize", "top_directions"]
 
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 Shaping: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -36,7 +41,10 @@ def leave_one_out(values: torch.Tensor) -> torch.Tensor:
 
     The baseline is independent of direction i, so the estimate keeps its mean; a baseline that included direction i
     would shrink the gradient by 1 - 1/N. It is for :data:`~zograd.schemes.NAIVE`, whose variance grows with the square
-    of the objective's level; for schemes whose weights sum to zero it cancels and changes nothing.
+    of the objective's level. Where the weights sum to zero without the center, as in ``"antithetic"``, it cancels and
+    changes nothing; from ``"forward"`` it takes the mean difference off. The directions of ``Hadamard()`` and
+    ``Sobol()`` tell each other's signs: a baseline from the others would know part of the gradient, so it is refused
+    there for all but such schemes.
 
     Args:
         values: of shape ``(directions, sides)``; two directions at least, since one has no others.
@@ -125,8 +133,7 @@ def standardize(values: torch.Tensor) -> torch.Tensor:
         (arXiv:1803.07055).
     """
     _check_several(values, "standardize")
-    centered = values - values.mean()
-    return torch.zeros_like(values) if _equal(values) else centered / centered.square().mean().sqrt()
+    return torch.zeros_like(values) if _equal(values) else (values - values.mean()) / _deviation(values)
 
 
 def top_directions(k: int, *, largest: bool = False) -> Shaping:
@@ -182,7 +189,7 @@ class _TopDirections:
         kept = best.sort(descending=True, stable=True).indices[: self.k]
         chosen, shaped = values[kept], torch.zeros_like(values)
         if not _equal(chosen):
-            shaped[kept] = chosen * (num / self.k / (chosen - chosen.mean()).square().mean().sqrt())
+            shaped[kept] = chosen / _deviation(chosen) * (num / self.k)
         return shaped
 
     def __repr__(self) -> str:
@@ -192,6 +199,13 @@ class _TopDirections:
 def _equal(values: torch.Tensor) -> bool:
     """Whether the values have no spread; their computed deviation might be a rounding error."""
     return bool(values.amax() == values.amin())
+
+
+def _deviation(values: torch.Tensor) -> torch.Tensor:
+    """The standard deviation, in units of the largest: squares of large or small values leave the range."""
+    centered = values - values.mean()
+    unit = centered.abs().amax()
+    return (centered / unit).square().mean().sqrt() * unit
 
 
 def _check_several(values: torch.Tensor, name: str) -> None:

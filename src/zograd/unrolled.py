@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, overload
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
 import torch
 
@@ -29,10 +29,10 @@ from zograd._autograd import Plan, Setup, differentiate
 from zograd._objective import Habits, function_name
 from zograd._options import Options
 from zograd._particles import SIDES
-from zograd._random import derive, draw_seed, plain_call
-from zograd._tree import Arguments, flatten, take_apart
+from zograd._random import derive, draw_seed
+from zograd._tree import Arguments, take_apart
 from zograd._unroll import WindowPlan, set_up
-from zograd._window import Layout, Steps, Window, pair
+from zograd._window import Layout, Window
 from zograd.sampling import Until
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from zograd.evaluators.base import Evaluator
 
 __all__ = ["NRES", "PES", "State", "TruncatedES", "UnrolledEstimator"]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
 
 
 class State(TypedDict):
@@ -66,15 +70,16 @@ class UnrolledEstimator(ABC):
 
     Args:
         fn: ``fn(params, state, *args) -> (loss, state)``, a window of the system. Any trees; the loss is one number,
-            the state's tensors keep their shapes and dtypes (numbers and arrays come back as tensors). With ``window``
-            one step of it, ``fn(params, state, t, *args) -> (state, loss)``, t the number of steps done.
+            the state's tensors keep their shapes and dtypes (numbers and arrays come back as tensors).
         num_samples: pairs of particles, N.
         sigma: the smoothing radius, a number or a tree of them matching the parameters.
-        window: steps in a window, whose losses are added up; None if ``fn`` is a window itself.
         distribution: what perturbations are drawn from; None is the standard Gaussian.
         evaluator: how ``fn`` is called on the particles.
         generator: where :meth:`init` draws the seed; None is torch's global stream.
         seed: the seed, in place of a draw.
+
+    Attributes:
+        options: these settings; what unrolls come to is in the states that calls take and return, not in here.
 
     Raises:
         TypeError: if a setting is of a wrong type.
@@ -90,7 +95,6 @@ class UnrolledEstimator(ABC):
         num_samples: int = 1,
         sigma: Any = 1.0,
         *,
-        window: int | None = None,
         distribution: DistributionLike | None = None,
         evaluator: str | Evaluator = "loop",
         generator: torch.Generator | None = None,
@@ -99,10 +103,6 @@ class UnrolledEstimator(ABC):
         call = type(self).__name__
         if not callable(fn):
             raise TypeError(f"`{call}(fn)` must be a function, got {type(fn).__name__} {fn!r:.80}.")
-        if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
-            raise TypeError(f"`{call}(window=...)` must be an int or None, got {type(window).__name__} {window!r:.80}.")
-        if window is not None and window < 1:
-            raise ValueError(f"`{call}(window=...)` must be at least 1, got {window}.")
         if isinstance(num_samples, Until):
             raise TypeError(f"`{call}(num_samples=...)` must be an int, got {num_samples}: each particle has a state.")
         self.options: Options = Options.make(
@@ -120,10 +120,7 @@ class UnrolledEstimator(ABC):
             seed=seed,
         )
         self._check_distribution()
-        self.state: State | None = None
-        self._typed = function_name(fn)
-        self._fn: Callable[..., Any] = fn if window is None else Steps(fn, window, self._typed)
-        self._habits = Habits()
+        self._fn, self._typed, self._habits = fn, function_name(fn), Habits()
 
     def _check_distribution(self) -> None:
         family, call = self.options.distribution, self.options.call
@@ -145,13 +142,12 @@ class UnrolledEstimator(ABC):
 
     # ------------------------------------------------------------------------------------------------ what users call
 
-    def init(self, params: Any, state: Any = None, *args: Any, offsets: int = 1) -> State:
+    def init(self, params: Any, state: Any, *args: Any, offsets: int = 1) -> State:
         """The beginning of an unroll: all particles in the same state, or spread over the episode.
 
         Args:
             params: the parameters, a tree; those of its tensors that require grad are perturbed.
-            state: the state in which an episode begins, a tree of tensors, arrays and numbers. With ``window=`` it may
-                be left out: it is then zero, in the structure that a first step from 0.0 returns.
+            state: the state in which an episode begins, a tree of tensors, arrays and numbers.
             *args: further arguments of the window, for ``offsets``.
             offsets: windows over which the pairs are spread (step-unlocked particles): pair i begins in the state that
                 ``i * offsets // num_samples`` windows at ``params`` lead to, which takes ``offsets - 1`` evaluations.
@@ -167,8 +163,6 @@ class UnrolledEstimator(ABC):
         _check_offsets(offsets, self.options.call, carries=self._carries)
         setup, arguments, tensors = set_up(self.options, self._fn, params, args)
         device, num = setup.space.device, setup.recipe.num_samples
-        if isinstance(self._fn, Steps):
-            state = self._timed(self._zero_state(self._fn.step, params, args) if state is None else state, device)
         layout, leaves = Layout.of(state, device, f"`{self.options.call}.init(params, state)`")
         seed = draw_seed(self.options.seed, self.options.generator)
         begun = State(
@@ -188,19 +182,12 @@ class UnrolledEstimator(ABC):
             )
         return begun
 
-    @overload
-    def __call__(self, params: Any) -> torch.Tensor: ...
-
-    @overload
-    def __call__(self, params: Any, state: State, *args: Any) -> tuple[torch.Tensor, State]: ...
-
-    def __call__(self, params: Any, state: State | None = None, *args: Any) -> Any:
+    def __call__(self, params: Any, state: State, *args: Any) -> tuple[torch.Tensor, State]:
         """Run one window.
 
         Args:
             params: the parameters.
-            state: of :meth:`init`, :meth:`reset` or the last call; it is not changed. Without it the estimator keeps
-                the state itself, in ``estimator.state``, and returns the loss alone.
+            state: of :meth:`init`, :meth:`reset` or the last call; it is not changed.
             *args: further arguments of the window, the same for all particles.
 
         Returns:
@@ -213,9 +200,6 @@ class UnrolledEstimator(ABC):
             NonFiniteError: if a loss is nan or infinite.
             SecondDerivativeError: if a second derivative is asked for.
         """
-        if state is None:
-            loss, self.state = self(params, self._kept(params))
-            return loss
         self._check_state(state)
         setup, arguments, tensors = set_up(self.options, self._fn, params, args)
         layout, center = Layout.of(state["center"], setup.space.device, self._given)
@@ -267,7 +251,6 @@ class UnrolledEstimator(ABC):
         typed = f"`{self.options.call}.reset(state, done, start)`"
         device = _device(state["center"])
         layout, _ = Layout.of(state["center"], device, typed)
-        start = self._timed(start, device) if isinstance(self._fn, Steps) else start
         leaves = layout.taken(start, torch.Size(), device, f"{typed}: `start`")
         here, there = self._masks(state, done, typed)
         begun = State(**state)
@@ -280,6 +263,13 @@ class UnrolledEstimator(ABC):
             begun["perturbation"] = state["perturbation"].masked_fill(there.unsqueeze(-1), 0.0)
         return begun
 
+    def __repr__(self) -> str:
+        o = self.options
+        return (
+            f"{o.call}({self._typed.strip('`')}, num_samples={o.num_samples}, sigma={o.sigma}, "
+            f"distribution={o.distribution}, evaluator={o.evaluator}, seed={o.seed})"
+        )
+
     # ---------------------------------------------------------------------------------------------------------- parts
 
     @property
@@ -288,8 +278,7 @@ class UnrolledEstimator(ABC):
 
     @property
     def _num(self) -> int:
-        assert isinstance(self.options.num_samples, int)  # None is for directions with another mean than zero
-        return self.options.num_samples
+        return cast("int", self.options.num_samples)  # None is for directions with another mean than zero
 
     def _plan(self, setup: Setup, arguments: Arguments, layout: Layout, seed: int) -> WindowPlan:
         window = Window(layout, self._typed, lead=int(self.options.evaluator.batched))
@@ -311,14 +300,6 @@ class UnrolledEstimator(ABC):
         leaves = layout.taken(state["particles"], lead, setup.space.device, f"{self._given}: the particles' state")
         return layout.pack(leaves, lead, setup.space.device), perturbation
 
-    def _kept(self, params: Any) -> State:
-        if self.state is None and not isinstance(self._fn, Steps):
-            raise ValueError(
-                f"`{self.options.call}(params)` must have a state to go on from: set `estimator.state = "
-                "estimator.init(params, state)` first, or give `(params, state)`."
-            )
-        return self.init(params) if self.state is None else self.state
-
     def _check_state(self, state: Any) -> None:
         wanted = State.__annotations__
         if not isinstance(state, dict) or state.keys() != wanted.keys():
@@ -328,19 +309,6 @@ class UnrolledEstimator(ABC):
             )
         if (state["perturbation"] is None) == self._carries:
             raise ValueError(f"{self._given}: the state is that of another kind of estimator.")
-
-    def _timed(self, state: Any, device: torch.device) -> tuple[torch.Tensor, Any]:
-        return torch.zeros((), dtype=torch.int64, device=device), state
-
-    def _zero_state(self, step: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Any:
-        """Zeros in the structure that a first step from zero returns."""
-        if self.options.evaluator.batched:
-            raise TypeError(f'`{self.options.call}.init(params, state)` needs the state under `evaluator="batched"`.')
-        arguments = flatten((params, 0.0, 0, *args), {}, (0,))
-        built, _ = arguments.builder()(tuple([p.detach().clone() for p in arguments.params()]))
-        state, _ = pair(plain_call(step, tuple(built), {}), self._typed, "(state, loss)")
-        leaves, together = take_apart(state)
-        return together([torch.zeros_like(torch.as_tensor(leaf), requires_grad=False) for leaf in leaves])
 
     def _masks(self, state: State, done: Any, typed: str) -> tuple[bool, torch.Tensor]:
         """Whether the center begins anew, and which particles do."""
@@ -367,8 +335,7 @@ class TruncatedES(UnrolledEstimator):
     Any distribution of mean zero will do.
 
     Args:
-        fn: ``fn(params, state, *args) -> (loss, state)``, or one step of it; this and the others are those of
-            :class:`UnrolledEstimator`.
+        fn: ``fn(params, state, *args) -> (loss, state)``; this and the others are those of :class:`UnrolledEstimator`.
 
     Examples:
         >>> import torch, zograd
@@ -403,8 +370,7 @@ class PES(UnrolledEstimator):
     so the distribution must have Gaussian marginals. The variance grows with the number of windows in an episode.
 
     Args:
-        fn: ``fn(params, state, *args) -> (loss, state)``, or one step of it; this and the others are those of
-            :class:`UnrolledEstimator`.
+        fn: ``fn(params, state, *args) -> (loss, state)``; this and the others are those of :class:`UnrolledEstimator`.
 
     Examples:
         >>> import torch, zograd
@@ -451,8 +417,7 @@ class NRES(UnrolledEstimator):
     :math:`2 \sum_{s,t \le T} \min(s, t)^2`.
 
     Args:
-        fn: ``fn(params, state, *args) -> (loss, state)``, or one step of it; this and the others are those of
-            :class:`UnrolledEstimator`.
+        fn: ``fn(params, state, *args) -> (loss, state)``; this and the others are those of :class:`UnrolledEstimator`.
 
     Examples:
         >>> import torch, zograd

@@ -12,10 +12,11 @@ from zograd.schemes import ANTITHETIC
 if TYPE_CHECKING:
     from zograd._check.probes import Calls, Pickling, Vectorized
 
-__all__ = ["Need", "Suggestion", "evaluator", "needs"]
+__all__ = ["Need", "Suggestion", "evaluator", "needs", "orthogonal"]
 
 _SLOW = 1e-3  # seconds: what handing a point to another process may cost
 _FASTER = 1.2
+_ODDS = 0.81 / 0.19  # of a cosine of 0.9: the gradient's square over the error's
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,24 @@ def needs(samples: Samples, ours: Cloud) -> dict[str, Need]:
         name = scheme.name.lower()
         found[name] = Need(name, num, least, 1 + len(scheme.sides) * (num if math.isfinite(num) else least))
     return found
+
+
+def orthogonal(num: float, dim: int) -> int:
+    """Directions of ``Orthogonal()`` for the cosine that takes ``num`` Gaussian ones, for any function and method.
+
+    N of them, at most ``dim``, have a mean squared error less by (N - 1) / N of the gradient's square; above that,
+    frames are independent.
+
+    Args:
+        num: of independent Gaussian directions, for a cosine of 0.9.
+        dim: parameters.
+
+    Returns:
+        The number.
+    """
+    noise = num / _ODDS  # of one direction, in units of the gradient's square
+    within = (noise + 1) / (1 + 1 / _ODDS)
+    return math.ceil(within) if within <= dim else dim * math.ceil(((noise + 1) / dim - 1) * _ODDS)
 
 
 def evaluator(calls: Calls, pickling: Pickling, vectorized: Vectorized, *, batched: bool) -> tuple[str, str]:

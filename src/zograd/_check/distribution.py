@@ -103,7 +103,13 @@ class DistributionReport:
         rows.append(("", f"a right family fails with probability {FALSE_ALARM:g} at most"))
         return table(f"{self.name}, {self.dim} values: {self.directions} directions looked at", rows)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        wrong = [f.name for f in self.findings if f.ok is False]
+        return f"DistributionReport({self.name}, size={self.dim}, directions={self.directions}, wrong={wrong})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """The table, where IPython or a notebook shows what a cell returns."""
+        printer.text(str(self))
 
 
 def check_distribution(

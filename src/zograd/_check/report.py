@@ -89,7 +89,16 @@ class CheckReport:
         rows += [("PROBLEM", text) for text in self.problems] + [("note", text) for text in self.notes]
         return table(f"{self.name}: {self.dim} parameters, {self.evaluations} evaluations", rows)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        name, ok = self.name.strip("`"), bool(self)
+        return (
+            f"CheckReport({name}, parameters={self.dim}, evaluations={self.evaluations}, ok={ok}, "
+            f"problems={len(self.problems)}, suggestion={self.suggestion})"
+        )
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """The table, where IPython or a notebook shows what a cell returns."""
+        printer.text(str(self))
 
     def _about_calls(self) -> list[tuple[str, str]]:
         c, v = self.calls, self.vectorized

@@ -275,6 +275,11 @@ class _Examination:
         reasons = [f"{method}: the fewest evaluations for a cosine of 0.9" if num else _unresolved(whole), why]
         if not math.isnan(best.bias):
             reasons.insert(1, f"sigma {best.sigma:.2g}: the least bias and deviation together, over some steps")
+        space = self.subject.space
+        if num and isinstance(self.family, Gaussian) and space.slices == 1 and space.dim <= _FRAMES:
+            fewer = advice.orthogonal(need.num_samples, space.dim)
+            if fewer <= _WORTH * num:
+                reasons.append(f"with `Orthogonal()` directions N = {fewer} would do, for {space.dim} parameters")
         return advice.Suggestion(method, best.sigma, num, name, tuple(reasons))
 
     def _distribution(self) -> Any:
@@ -321,6 +326,9 @@ class _Examination:
 
 # Parameters up to which a distribution is looked at along the way: a second, or one with groups some.
 _LARGE, _SMALL = 1 << 13, 1 << 8
+
+_FRAMES = 1 << 12  # parameters up to which frames of orthogonal directions are made fast
+_WORTH = 0.9  # a share of the directions that is worth a word
 
 
 def _slope(seen: list[radii.Radius]) -> float:

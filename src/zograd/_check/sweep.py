@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from zograd._check.subject import OutOfBudgetError
-from zograd._contraction import full_precision, project
+from zograd._contraction import project
+from zograd._precision import full_precision
 from zograd.errors import ZeroOrderWarning
 from zograd.estimator import Recipe, estimate
 from zograd.evaluators import Batched, Evaluator, Loop, Vmap

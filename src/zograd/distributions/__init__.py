@@ -24,3 +24,7 @@ __all__ = [
     "Sobol",
     "Sphere",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -32,6 +32,9 @@ class Distribution(ABC):
     """Whether each direction's marginals are standard normal: what Stein's identities rest on."""
     independent: ClassVar[bool] = True
     """Whether directions are independent of each other: what a standard error over directions rests on."""
+    symmetric: ClassVar[bool] = False
+    """Whether, in a family of dependent directions, each may change its sign without the others, as far as their law
+    goes: what a baseline from the others rests on."""
     parallel: ClassVar[bool] = False
     """Whether ``draw`` may run in a second thread while ``fn`` is evaluated, and gains by it."""
     factored: ClassVar[bool] = False
@@ -57,6 +60,11 @@ class Distribution(ABC):
         """
         del space
         return vector
+
+    def at_radii(self, sigma: tuple[float, ...]) -> Distribution:
+        """The family for points with these smoothing radii, one a leaf: itself, unless it knows places in the space."""
+        del sigma
+        return self
 
     def group(self, space: Space, num: int) -> int:
         """Directions, counted from the first, that make a group independent of the next; a last one may be smaller."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import zlib
@@ -37,6 +38,9 @@ class Guided(Dense):
     directions; divide the learning rate by the first number if the surrogates are good. :meth:`covariance` multiplies
     a vector by S. With few directions the gain is a factor of up to d / k in the evaluations that a gradient inside the
     subspace takes; a gradient outside of it costs what it costs ``Gaussian()``.
+
+    Where leaves have a ``sigma`` each, the subspace is that of the surrogates in units of sigma, in which points are
+    drawn: a gradient that lies in their span is seen as such, and multiplied by the same number.
 
     The basis belongs to the parameters it was made for; where it changes, give a new one by
     ``fn.replace(distribution=Guided(basis))``. With ``batch_dim`` each slice has its own part of it.
@@ -81,6 +85,15 @@ class Guided(Dense):
         if not sum(leaf.numel() for leaf in self._leaves):
             raise ValueError(f"`Guided(basis=...)` must hold a surrogate gradient at least, got {basis!r:.80}.")
         self._made: tuple[Space, torch.Tensor] | None = None
+        self._sigma: tuple[float, ...] | None = None  # of each leaf, where they differ
+
+    def at_radii(self, sigma: tuple[float, ...]) -> Guided:
+        """The same surrogates in units of the smoothing radius of each leaf."""
+        if len(set(sigma)) == 1:
+            return self
+        twin = copy.copy(self)
+        twin._sigma, twin._made = tuple(s / max(sigma) for s in sigma), None
+        return twin
 
     def rows(self, space: Space, num: int) -> int:
         """As many rows as make about 2**16 values, once the basis is known to fit."""
@@ -107,11 +120,11 @@ class Guided(Dense):
         noise[0].mul_(math.sqrt(self.alpha)).add_(inside, alpha=math.sqrt(self._inside(basis)))
 
     def covariance(self, space: Space, vector: torch.Tensor) -> torch.Tensor:
-        """S times a vector of shape (size,)."""
-        basis = self.subspace(space)
-        pieces = vector.view(space.slices, space.dim, 1)
+        """S times a vector of shape (size,); where leaves have a radius each, S is in units of it."""
+        basis, radii = self.subspace(space), self._radii(space).to(vector)
+        pieces = vector.view(space.slices, space.dim, 1) * radii
         projected = basis.to(vector) @ (basis.to(vector).mT @ pieces)
-        return (self.alpha * pieces + self._inside(basis) * projected).view(-1)
+        return ((self.alpha * pieces + self._inside(basis) * projected) / radii).view(-1)
 
     def subspace(self, space: Space) -> torch.Tensor:
         """The orthonormal basis U of each slice, of shape (slices, dim, k).
@@ -126,8 +139,16 @@ class Guided(Dense):
             ValueError: if the surrogates do not fit the layout or are linearly dependent.
         """
         if self._made is None or self._made[0] != space:
-            self._made = space, _orthonormal(self._columns(space)).to(space.dtype)
+            self._made = space, _orthonormal(self._columns(space) * self._radii(space)).to(space.dtype)
         return self._made[1]
+
+    def _radii(self, space: Space) -> torch.Tensor:
+        """The radius at each value, (slices, dim, 1) in float64; 1 where there is one for all."""
+        if self._sigma is None:
+            return torch.ones(1, 1, 1, dtype=torch.float64, device=space.device)
+        leaves = zip(space.shapes, self._sigma, strict=True)
+        flat = space.join(tuple(torch.full(shape, radius, device=space.device) for shape, radius in leaves))
+        return flat.to(torch.float64).view(space.slices, space.dim, 1)
 
     def _inside(self, basis: torch.Tensor) -> float:
         return (1 - self.alpha) * basis.shape[1] / basis.shape[2]
@@ -155,7 +176,8 @@ class Guided(Dense):
         if type(self) is not type(other) or not isinstance(other, Guided):
             return False
         mine, others = self._leaves, other._leaves
-        return self.alpha == other.alpha and len(mine) == len(others) and all(map(torch.equal, mine, others))
+        same = (self.alpha, self._sigma, len(mine)) == (other.alpha, other._sigma, len(others))
+        return same and all(map(torch.equal, mine, others))
 
     def __hash__(self) -> int:
         return hash((type(self), self.alpha))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 
 from zograd._factored import Factored
+from zograd._precision import full_precision
 from zograd.distributions.base import Noise, Tiled
 from zograd.errors import ZeroOrderWarning
 
@@ -104,7 +105,7 @@ class LowRank(Tiled):
         return max(super().rows(space, num), min(_TOGETHER, space.size // self.width(space)))
 
     def parts(self, space: Space, noise: Noise) -> Noise:
-        """For each leaf its two factors, (rows, out, rank) and (rows, rest, rank), or (rows, *shape)."""
+        """For each leaf its two factors, (rows, out, rank) and (rows, rest, rank), or the values by (rows, shape)."""
         rows, parts = noise[0], []
         num = rows.shape[0]
         for leaf, shape in zip(_layout(space.shapes, self.rank), space.shapes, strict=True):
@@ -186,9 +187,10 @@ def _moved(
 ) -> torch.Tensor:
     if left.shape[-1] == 1:
         return torch.addcmul(weight, left, right.mT, value=scale, out=room)
-    if left.dim() == 2:
-        return torch.addmm(weight, left, right.t(), alpha=scale, out=room)
-    return torch.baddbmm(weight.expand(left.shape[0], -1, -1), left, right.mT, alpha=scale, out=room)
+    with full_precision(weight.device):
+        if left.dim() == 2:
+            return torch.addmm(weight, left, right.t(), alpha=scale, out=room)
+        return torch.baddbmm(weight.expand(left.shape[0], -1, -1), left, right.mT, alpha=scale, out=room)
 
 
 @functools.lru_cache(maxsize=256)

@@ -57,6 +57,7 @@ class Orthogonal(Dense):
     """
 
     independent: ClassVar[bool] = False
+    symmetric: ClassVar[bool] = True
     parallel: ClassVar[bool] = True
 
     def __init__(self, lengths: str = "chi") -> None:

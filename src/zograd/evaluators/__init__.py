@@ -10,5 +10,10 @@ from zograd.evaluators.vmap import Vmap
 
 __all__ = ["EVALUATORS", "Batched", "Distributed", "Evaluator", "Journal", "Loop", "Pool", "Vmap"]
 
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 EVALUATORS: dict[str, type[Loop | Vmap | Batched]] = {"loop": Loop, "vmap": Vmap, "batched": Batched}
 """The names that ``evaluator=`` accepts."""

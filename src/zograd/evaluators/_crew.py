@@ -47,6 +47,7 @@ class Crew:
         self._executor = executor
         self._workers = workers
         self._lock = threading.RLock()
+        self._turns = _Turns()
         self._end: Any = None
 
     @property
@@ -103,6 +104,18 @@ class Crew:
             self.names.add(executor.submit(ping).result())
             self.started = time.monotonic() - began
 
+    def turn(self) -> contextlib.AbstractContextManager[Any]:
+        """The time in which one estimate has the workers to itself, if they are processes of our own.
+
+        Several threads may estimate by one pool. If its executor breaks, or is ended since a task is late, the tasks of
+        all are lost: where two share it, each would make it anew under the other, and blame its own tasks for that.
+
+        Returns:
+            What is entered for that time.
+        """
+        _ = self.executor
+        return self._turns if self.owned and not self.in_threads else contextlib.nullcontext()
+
     @property
     def in_threads(self) -> bool:
         """Whether workers are threads of this process, which cannot be ended."""
@@ -153,6 +166,29 @@ class Crew:
                 self._executor = None
                 self.names, self.lost = set(), 0
                 self._end()
+
+
+class _Turns:
+    """A lock that a thread may take again while it has it, and that any thread may give back."""
+
+    def __init__(self) -> None:
+        self._free = threading.Condition()
+        self._owner: int | None = None
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        with self._free:
+            self._free.wait_for(lambda: self._owner in (None, me))
+            self._owner = me
+            self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._free:
+            self._depth -= 1
+            if not self._depth:
+                self._owner = None
+                self._free.notify()
 
 
 def end(executor: Executor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import io
@@ -16,9 +15,9 @@ import torch
 from zograd.errors import EvaluationError, WorkerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-__all__ = ["pack", "packed_error", "private", "unpacked_error"]
+__all__ = ["pack", "packed_error", "unpacked_error"]
 
 _INSIDE = ("fn", "__wrapped__", "__func__")  # where decorators keep what they decorate
 
@@ -96,67 +95,6 @@ def _find(module: str, qualname: str, path: tuple[str, ...]) -> Any:
     for name in (*qualname.split("."), *path):
         found = getattr(found, name)
     return found
-
-
-# -------------------------------------------------------------------------------------------------- copies for threads
-
-
-def private(fn: Callable[..., Any], leaves: list[Any]) -> tuple[Callable[..., Any], list[Any]]:
-    """A function and arguments with modules of their own, so that threads never share one.
-
-    Modules count where they are arguments, where the function is one or a method of one, and in its closure, the
-    globals it names and its attributes. Everything else is the same object.
-
-    Args:
-        fn: the function.
-        leaves: its arguments.
-
-    Returns:
-        The function and arguments for one thread.
-    """
-    memo: dict[int, Any] = {}
-    return _own(fn, memo), [copy.deepcopy(x, memo) if isinstance(x, torch.nn.Module) else x for x in leaves]
-
-
-def _own(value: Any, memo: dict[int, Any]) -> Any:
-    if isinstance(value, torch.nn.Module):
-        return copy.deepcopy(value, memo)
-    if hasattr(value, "at_center"):
-        return value  # it evaluates replicas
-    if isinstance(value, functools.partial):
-        keywords = {k: _own(v, memo) for k, v in value.keywords.items()}
-        return functools.partial(_own(value.func, memo), *[_own(v, memo) for v in value.args], **keywords)
-    if isinstance(value, types.MethodType):
-        owner = _own(value.__self__, memo)
-        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
-    if isinstance(value, types.FunctionType):
-        return _own_function(value, memo)
-    held = {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, torch.nn.Module)}
-    if held and not isinstance(value, type):
-        value = copy.copy(value)
-        value.__dict__.update({k: copy.deepcopy(v, memo) for k, v in held.items()})
-    return value
-
-
-def _own_function(fn: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
-    cells = [_own_cell(cell, memo) for cell in fn.__closure__ or ()]
-    named = {name: fn.__globals__.get(name) for name in fn.__code__.co_names}
-    found = {name: copy.deepcopy(v, memo) for name, v in named.items() if isinstance(v, torch.nn.Module)}
-    if not found and cells == list(fn.__closure__ or ()):
-        return fn
-    scope = {**fn.__globals__, **found} if found else fn.__globals__
-    twin = types.FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__, tuple(cells) or None)
-    twin.__kwdefaults__ = fn.__kwdefaults__
-    functools.update_wrapper(twin, fn)
-    return twin
-
-
-def _own_cell(cell: types.CellType, memo: dict[int, Any]) -> types.CellType:
-    try:
-        held = cell.cell_contents
-    except ValueError:
-        return cell
-    return types.CellType(copy.deepcopy(held, memo)) if isinstance(held, torch.nn.Module) else cell
 
 
 # -------------------------------------------------------------------------------------------------------- exceptions

@@ -23,7 +23,8 @@ from zograd._objective import Habits, Objective
 from zograd._points import Directions, Points
 from zograd._random import FnStream
 from zograd.errors import WorkerError
-from zograd.evaluators._shipping import pack, packed_error, private
+from zograd.evaluators._shipping import pack, packed_error
+from zograd.evaluators._twins import private
 
 if TYPE_CHECKING:
     import contextvars

@@ -105,7 +105,9 @@ def fitting_rows(points: Points) -> int:
     space = points.directions.space
     if points.directions.distribution.factored:
         return _SHARING  # their results are what takes room, of which nothing is known
-    if space.device.type == "cpu":
+    # Some kinds of device, Apple's for one, do not tell what memory is free.
+    info = None if space.device.type == "cpu" else getattr(torch.get_device_module(space.device), "mem_get_info", None)
+    if info is None:
         return max(1, _CACHE // space.size)
-    free, _ = torch.get_device_module(space.device).mem_get_info(space.device)
+    free, _ = info(space.device)
     return max(1, int(free) // (_PARTS * space.size * space.dtype.itemsize))

@@ -294,18 +294,22 @@ def _digest(fn: Objective, points: Points, key: Callable[..., Any] | None) -> by
         digest.add(i)
         if i not in chosen:
             _add(digest, leaf, f"an argument of {fn.name}")
-    digest.captured(fn.fn)
-    return digest.result()
+    return _with_digest(digest.captured, fn.fn, f"an argument that {fn.name} holds", digest).result()
 
 
 def _add(digest: Digest, value: Any, what: str) -> Digest:
+    return _with_digest(digest.add, value, what, digest)
+
+
+def _with_digest(take: Callable[[Any], Any], value: Any, what: str, digest: Digest) -> Digest:
     try:
-        return digest.add(value)
+        take(value)
     except Undigestable as error:
         raise TypeError(
             f"`Journal(key=...)` is needed: {what} has no digest by which its values could be found again, {error}. "
             "Give a function of the arguments that returns what tells them apart, as numbers, text or tensors."
         ) from error
+    return digest
 
 
 def _header(fn: Callable[..., Any]) -> dict[str, str]:

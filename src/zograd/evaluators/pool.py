@@ -47,8 +47,9 @@ class Pool(Evaluator):
         executor: an executor, which stays the caller's; or a function that makes one, which is the pool's. None makes
             a pool of spawned processes: a script needs its code under ``if __name__ == "__main__":`` for that.
         batch_size: points in a task: more where an evaluation takes less than some milliseconds.
-        timeout: seconds that an evaluation may take; None for no limit. Processes of the pool's own are ended then and
-            made anew. Those of others, and threads, cannot be ended: they are left to themselves.
+        timeout: seconds that an evaluation may take, with the retries of ``failures=`` that its worker makes at once;
+            None for no limit. Processes of the pool's own are ended then and made anew. Those of others, and threads,
+            cannot be ended: they are left to themselves.
         workers: how many workers there are, where the executor does not say so; with no executor, how many to start
             (None: as many as there are cores).
         threads: threads that torch uses in each worker process; None leaves that to torch.
@@ -113,7 +114,7 @@ class Pool(Evaluator):
         if lo == hi and not elsewhere:
             return
         dispatch = Dispatch(self._crew, self._parcel(fn, points), fn, points, self.batch_size, self.timeout)
-        with dispatch:
+        with self._crew.turn(), dispatch:
             if elsewhere:
                 yield dispatch.center()
             yield from dispatch.directions(lo, hi)

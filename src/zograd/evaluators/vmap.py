@@ -94,4 +94,14 @@ def _side(
 
 def _concerns_vmap(error: RuntimeError) -> bool:
     text = str(error).lower()
-    return any(word in text for word in ("vmap", "functorch", "batchedtensor", "batching rule"))
+    return any(sign in text for sign in _SIGNS)
+
+
+_SIGNS = (
+    "vmap",
+    "functorch",
+    "batchedtensor",
+    "batching rule",
+    "doesn't have storage",  # of `numpy()`, `tolist()` and `data_ptr()`
+    "match the broadcast shape",  # of writing in place to a tensor that all directions share; the center could
+)

@@ -14,3 +14,7 @@
 from zograd.compat.torchopt import diff, nn
 
 __all__ = ["diff", "nn"]
+
+
+def __dir__() -> list[str]:
+    return __all__

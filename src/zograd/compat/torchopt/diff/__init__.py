@@ -11,3 +11,7 @@ else:
     zero_order = importlib.import_module("zograd.compat.torchopt.diff.zero_order")
 
 __all__ = ["zero_order"]
+
+
+def __dir__() -> list[str]:
+    return __all__
