@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the results that the benchmarks, the examples and the chaos runs have left.
+"""Write the tables of README.md and docs/choosing.md from what the benchmarks, examples and chaos runs have left.
 
 Each table stands between two comments that name it; ``--check`` writes nothing and fails if one is not what it would
 write.
@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 PEERS = ("TorchOpt antithetic", "EvoTorch PGPE", "evosax Open_ES", "JAX scan")
 LEFT_OUT = ("noise at hand", "Normal(0, 1)")
 
@@ -77,6 +76,22 @@ def evaluations():
     )
 
 
+def descent():
+    """Evaluations until a loss is reached, by family, at few directions and at as many as parameters."""
+    found = [row for row in load("benchmarks", "evaluations")["problems"].values() if row["descent"]]
+    names = list(dict.fromkeys(name for row in found for name in row["descent"]))
+    head = [f"{row['problem']}, N = {some['num_samples']}" for row in found for some in row["descent"][names[0]]]
+    rows = []
+    for name in names:
+        cells = []
+        for row in found:
+            some = row["descent"].get(name, [])
+            medians = [f"{entry['median']:,.0f}" if entry["median"] else "not reached" for entry in some]
+            cells += medians + [""] * (len(row["descent"][names[0]]) - len(some))
+        rows.append([name, *cells])
+    return table(["evaluations to a target loss, by Adam", *head], rows)
+
+
 def reproductions():
     """One figure of each system that the papers describe."""
     sys.path.insert(0, str(ROOT / "examples"))
@@ -110,18 +125,28 @@ def reliability():
     )
 
 
-TABLES = {"speed": speed, "evaluations": evaluations, "reproductions": reproductions, "reliability": reliability}
+TABLES = {
+    "speed": speed,
+    "evaluations": evaluations,
+    "descent": descent,
+    "reproductions": reproductions,
+    "reliability": reliability,
+}
+PAGES = {
+    "README.md": ("speed", "evaluations", "reproductions", "reliability"),
+    "docs/choosing.md": ("evaluations", "descent"),
+}
 
 
-def filled(text):
-    """The text with each table made anew."""
-    for name, make in TABLES.items():
+def filled(page, text):
+    """The page's text with each table made anew."""
+    for name in PAGES[page]:
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         before, found, rest = text.partition(begin)
         _, ended, after = rest.partition(end)
         if not (found and ended):
-            raise SystemExit(f"README.md has no place for {name}: {begin} ... {end}")
-        text = f"{before}{begin}\n{make()}\n{end}{after}"
+            raise SystemExit(f"{page} has no place for {name}: {begin} ... {end}")
+        text = f"{before}{begin}\n{TABLES[name]()}\n{end}{after}"
     return text
 
 
@@ -129,13 +154,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether the tables are what the results say")
     options = parser.parse_args()
-    old = README.read_text(encoding="utf-8")
-    new = filled(old)
-    if options.check:
-        return int(old != new)
-    README.write_text(new, encoding="utf-8")
-    print("README.md is up to date" if old == new else "wrote README.md")
-    return 0
+    stale = []
+    for page in PAGES:
+        old = (ROOT / page).read_text(encoding="utf-8")
+        new = filled(page, old)
+        if old != new:
+            stale.append(page)
+            if not options.check:
+                (ROOT / page).write_text(new, encoding="utf-8")
+    print(f"{'stale' if options.check else 'wrote'}: {', '.join(stale) or 'nothing'}")
+    return int(options.check and bool(stale))
 
 
 if __name__ == "__main__":
