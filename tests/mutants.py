@@ -533,6 +533,27 @@ MUTANTS = [
         "if isinstance(found, Generic):",
         ("test_first_hour.py",),
     ),
+    Mutant(
+        "directions drawn under autocast",
+        "_points.py",
+        "with full_precision(self.space.device):\n                self.distribution",
+        "if True:\n                self.distribution",
+        ("test_directions.py",),
+    ),
+    Mutant(
+        "factors of a transpose used after its weight was written to",
+        "_factored.py",
+        "if (self if self._of is None else self._of)._sum is not None:",
+        "if self._sum is not None:",
+        ("test_low_rank.py",),
+    ),
+    Mutant(
+        "one sigma for all groups of MeZO",
+        "optim.py",
+        "directions.distribution.scale(space) * sigma[k]",
+        "directions.distribution.scale(space) * sigma[0]",
+        ("test_optim.py",),
+    ),
 ]
 
 
