@@ -551,3 +551,17 @@ def test_orthogonal_directions_are_named_where_they_take_fewer(distribution):
     decorated = zero_order(distribution, seed=0)(lambda x: (x * torch.arange(1.0, 31)).sum() + (x * x).sum())
     reasons = zograd.check(decorated, torch.ones(30)).suggestion.reasons
     assert any("with `Orthogonal()` directions N = " in reason for reason in reasons) is (distribution == Gaussian())
+
+
+def test_random_numbers_of_its_own_are_not_vectorized():
+    """One call of numpy's generator would give all rows the same noise, and the sweep would see none."""
+    generator = np.random.default_rng(0)
+
+    def noisy(x):
+        return (x**2).sum() + 0.1 * generator.standard_normal()
+
+    report = zograd.check(noisy, torch.ones(4), budget=200)
+    assert not report.vectorized.works
+    assert "one draw would serve all rows" in str(report)
+    assert "vmap" not in str(report.suggestion.evaluator)
+    assert zograd.check(lambda x: (x**2).sum() + 0.1 * torch.randn(()), torch.ones(4), budget=200).vectorized.works

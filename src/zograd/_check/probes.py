@@ -268,12 +268,26 @@ def vmap(subject: Subject, sigma: float, level: float, seed: int) -> Vectorized:
                 seconds = _seconds_of_many(subject, objective, points)
             except Exception as error:  # what vmap, or fn under it, raises
                 return Vectorized(False, f"{type(error).__name__}: {error}", looped=looped)
+        if _one_draw_for_all(objective, points):
+            why = "fn draws random numbers of its own, and one draw would serve all rows"
+            return Vectorized(False, why, looped=looped)
     expected = torch.tensor(single, dtype=torch.float64)
     size = float(expected.abs().max()) or 1.0
     difference = float((many.cpu() - expected).abs().nan_to_num(nan=math.inf).max())
     same = difference <= _VMAP_TOLERANCE * max(torch.finfo(subject.dtype or torch.float32).eps * size, level)
     slow = next((str(w.message) for w in caught if "performance drop" in str(w.message)), None)
     return Vectorized(True, None, difference / size, same, seconds, looped, slow)
+
+
+def _one_draw_for_all(objective: Objective, points: Leaves) -> bool:
+    """Whether one point has one value in all rows of a call, and another in each call of its own."""
+    first = tuple(p[0] for p in points)
+    one, other = (float(objective(tuple(p.clone() for p in first), 0)) for _ in range(2))
+    if one == other:
+        return False
+    same = tuple(p.expand(_ROWS, *p.shape).clone() for p in first)
+    rows = objective.many(same, 0, vmapped=True, randomness="same")
+    return bool((rows == rows[0]).all())
 
 
 def _seconds_of_many(subject: Subject, objective: Objective, points: Leaves) -> float:
