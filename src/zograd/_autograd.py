@@ -25,7 +25,7 @@ from zograd._random import draw_seed
 from zograd._tree import Arguments, Space
 from zograd.errors import SecondDerivativeError
 from zograd.estimator import Estimate, Evidence, Recipe, check_gradient, estimate
-from zograd.tracking import Tally
+from zograd.tracking import Tally, watched
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,21 +67,26 @@ class Plan:
         params = tuple([tensors[i].detach() for i in setup.chosen])
         arguments = Arguments(self.arguments.form, self.arguments.spec, leaves, self.arguments.chosen)
         objective = Objective(self.fn, arguments, params, self.habits, setup.recipe.failures)
-        with Tally(objective.name, setup.recipe.evaluations) as tally:  # before the draw, which an error must not cost
-            objective.counted = tally.count if tally.trackers else None
-            seed = draw_seed(setup.seed, setup.generator)
-            with _may_draw():
-                result = estimate(objective, setup.recipe, setup.space, seed, structure)
-            if tally.trackers:
-                value, flat = result.value, result._flat
-                tally.finish(
-                    seed,
-                    value.item() if value.numel() == 1 else None,
-                    None if flat is None else flat.norm().item(),
-                    evaluations=result.evaluations,
-                    failures=result.failures,
-                )
+        if not watched():  # the smallest estimate has no time to lose
+            return self._estimate(objective, structure)
+        with Tally(objective.name, setup.recipe.evaluations) as tally:
+            objective.counted = tally.count
+            result = self._estimate(objective, structure)
+            value, flat = result.value, result._flat
+            tally.finish(
+                result.seed,
+                value.item() if value.numel() == 1 else None,
+                None if flat is None else flat.norm().item(),
+                evaluations=result.evaluations,
+                failures=result.failures,
+            )
         return result
+
+    def _estimate(self, objective: Objective, structure: Callable[[Sequence[Any]], Any]) -> Estimate:
+        setup = self.setup
+        seed = draw_seed(setup.seed, setup.generator)  # after the budget was asked: an error must not cost a draw
+        with _may_draw():
+            return estimate(objective, setup.recipe, setup.space, seed, structure)
 
     def keep(self, result: Estimate) -> int:
         """A number by which backward finds the directions and values again; no parameters, and no gradient."""

@@ -161,7 +161,7 @@ class Objective:
         self._others = [t for t in others if isinstance(t, torch.Tensor) and t.requires_grad]
         self.habits = habits
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """How errors call the function."""
         return function_name(self._fn)
@@ -207,10 +207,16 @@ class Objective:
         return cast("Value", self._with_policy(functools.partial(self._at_point, index=index), params, index))
 
     def _at_point(self, params: Leaves, index: int) -> Value:
-        out = self._named(self._evaluate, params, index, None, self._fn)
+        try:
+            out = self._evaluate(params, index, None, self._fn)
+        except Exception as error:
+            if is_failure(error):
+                raise self._failed(error, index) from error
+            raise
         if type(out) is float and not self.shape:
             return out
-        out = as_tensor(out, self.name)
+        if not (isinstance(out, torch.Tensor) and out.is_floating_point()):
+            out = as_tensor(out, self.name)
         if out.shape != self.shape:
             raise self._wrong_shape(out.shape, self.shape)
         if not self.shape and out.device.type == "cpu":
@@ -250,21 +256,18 @@ class Objective:
 
             out: torch.Tensor = self._evaluate(params, lo, None, torch.vmap(one, randomness=randomness), vmapped=True)
         else:
-            out = as_tensor(self._named(self._evaluate, params, lo, range(lo, lo + rows), self._fn), self.name)
+            several = range(lo, lo + rows)
+            try:
+                made = self._evaluate(params, lo, several, self._fn)
+            except Exception as error:
+                if is_failure(error):
+                    raise self._failed(error, lo, several) from error
+                raise
+            out = as_tensor(made, self.name)
         wanted = torch.Size((rows, *self.shape))
         if out.shape != wanted:
             raise self._wrong_shape(out.shape, wanted)
         return out.detach().to(torch.float64, copy=True)
-
-    def _named(
-        self, evaluate: Callable[..., Any], params: Leaves, index: int, rows: range | None, fn: Callable[..., Any]
-    ) -> Any:
-        try:
-            return evaluate(params, index, rows, fn)
-        except Exception as error:
-            if is_failure(error):
-                raise self._failed(error, index, rows) from error
-            raise
 
     def _failed(self, error: Exception, index: int, rows: range | None = None) -> EvaluationError:
         where = f"direction {index}" if rows is None else f"directions {rows.start} to {rows.stop - 1}"

@@ -186,6 +186,11 @@ class Tracker:
             self._callback(TrackedEstimate(**row))
 
 
+def watched() -> bool:
+    """Whether a tracker sees what runs here."""
+    return bool(_active.get())
+
+
 class Tally:
     """One estimate, as it runs, on behalf of the trackers that see it.
 
