@@ -94,7 +94,7 @@ def control():
         return total / 40
 
     start = 0.3 * torch.randn(72, generator=torch.Generator().manual_seed(1))
-    return Problem("cart and pole, d = 72", loss, start, 16, target=0.02, steps=100)
+    return Problem("cart and pole, d = 72", loss, start, 16, target=0.13, steps=100)
 
 
 PROBLEMS = {
