@@ -1,7 +1,6 @@
 """What one wants in the first hour, each as one would first write it.
 
-The wishes are those that users of other zeroth-order and evolution-strategies packages ask for. What is not built yet
-is a strict xfail: it says what is to come and how it should read.
+The wishes are those that users of other zeroth-order and evolution-strategies packages ask for.
 """
 
 import copy
@@ -14,12 +13,6 @@ from torch import nn
 
 import zograd
 from zograd import zero_order
-
-
-def later(what):
-    """A wish that a later version grants; strict, so that the day it does this file says so."""
-    missing = (AttributeError, ImportError, TypeError, ValueError, zograd.SecondDerivativeError)
-    return pytest.mark.xfail(strict=True, raises=missing, reason=what)
 
 
 # ------------------------------------------------------------------------------------------------------- works today
