@@ -15,9 +15,6 @@ import zograd
 from zograd import zero_order
 
 
-# ------------------------------------------------------------------------------------------------------- works today
-
-
 def simulate(angle, speed, steps=60):
     """A ball that is thrown and bounces off the floor: plain numpy, with branches."""
     x, y, vx, vy = 0.0, 1.0, speed * np.cos(angle), speed * np.sin(angle)
