@@ -356,7 +356,8 @@ def test_what_came_before_an_error_is_in_the_journal(tmp_path, threads):
         first = tracker.evaluations
         assert_bits = estimate(fn, journal)
         assert tracker.evaluations == path.stat().st_size
-    assert assert_bits.evaluations == tracker.evaluations - first <= 25 - 12 + 1
+    # Each thread may have been within a call, and counted, when another one's was the thirteenth.
+    assert assert_bits.evaluations == tracker.evaluations - first <= 25 - 12 + 4
     assert torch.equal(assert_bits.grad, estimate(cubes).grad)
 
 
