@@ -289,3 +289,17 @@ def test_modules_take_policies():
     net = zograd.nn.ZeroOrder(torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Flatten(0)), failures=Retry(2))
     assert net.zero_order_options.failures == Retry(2)
     assert torch.isfinite(net.estimate(X).value).all()
+
+
+def test_ranks_that_fail_are_not_dropped():
+    """The error of a nested Distributed is one of all ranks; a policy on one of them would part it from the others."""
+
+    def fn(x):
+        if fn.calls:
+            raise zograd.RankError("rank 1 raised")
+        fn.calls += 1
+        return x.sum()
+
+    fn.calls = 0
+    with pytest.raises(zograd.RankError, match="rank 1 raised"):
+        zograd.zero_order(num_samples=4, failures=zograd.failures.Drop(0.1))(fn).estimate(torch.zeros(2))

@@ -275,13 +275,19 @@ class Postman(concurrent.futures.Executor):
 
     def __init__(self, inner):
         self.inner, self._max_workers, self.sent, self.back = inner, inner._max_workers, [], []
+        self.missed = 0  # tasks that found a worker without the parameters
 
     def submit(self, fn, /, *args):
         import pickle
 
         self.sent.append(len(pickle.dumps(args)))
         future = self.inner.submit(fn, *args)
-        future.add_done_callback(lambda f: self.back.append(len(pickle.dumps(f.result()))))
+
+        def weigh(future):
+            self.back.append(len(pickle.dumps(future.result())))
+            self.missed += getattr(future.result(), "missing", False)
+
+        future.add_done_callback(weigh)
         return future
 
 
@@ -292,7 +298,7 @@ def test_parameters_go_once_an_estimate_and_worker(size):
         pool = Pool(postman, workers=2)
         estimate(cubes, pool, x=torch.zeros(size), num_samples=50)
     heavy = [n for n in postman.sent if n > 4 * size]
-    assert 1 <= len(heavy) <= 2 + 2  # two with the job, and two that may not have found it
+    assert 1 <= len(heavy) <= 2 + postman.missed  # who takes a task is the executor's choice, and so is who misses it
     assert sum(postman.sent) < len(heavy) * (4 * size + 6000) + 103 * 400
     assert max(postman.back) < 600
 
@@ -340,11 +346,13 @@ def test_a_journal_around_a_pool(tmp_path, workers):
 
 
 def test_what_came_before_an_error_is_in_the_journal(tmp_path, threads):
-    path, broken = tmp_path / "calls", [True]
+    path, broken, one_at_a_time = tmp_path / "calls", [True], threading.Lock()
 
     def fn(x):
-        simulators.counted(x, path)
-        if broken and len(path.read_bytes()) > 12:
+        with one_at_a_time:  # so that it is just the first twelve that succeed
+            simulators.counted(x, path)
+            failed = broken and len(path.read_bytes()) > 12
+        if failed:
             raise OSError("down")
         return cubes(x)
 
@@ -356,8 +364,7 @@ def test_what_came_before_an_error_is_in_the_journal(tmp_path, threads):
         first = tracker.evaluations
         assert_bits = estimate(fn, journal)
         assert tracker.evaluations == path.stat().st_size
-    # Each thread may have been within a call, and counted, when another one's was the thirteenth.
-    assert assert_bits.evaluations == tracker.evaluations - first <= 25 - 12 + 4
+    assert assert_bits.evaluations == tracker.evaluations - first == 25 - 12
     assert torch.equal(assert_bits.grad, estimate(cubes).grad)
 
 

@@ -444,8 +444,9 @@ def _run(
             raise ValueError(f"the evaluator must yield the center's value first, a tensor, got {center!r:.80}.")
         _check_center(center, space, recipe, objective.name)
         drop = dropping(recipe.failures)
-        contraction = Contraction(directions, recipe.sigma) if center.numel() == space.slices else None
+        single = center.numel() == space.slices  # one value, or one a slice
         waits = bool(recipe.shaping or drop or recipe.until)  # for the last value
+        contraction = Contraction(directions, recipe.sigma) if single and not waits else None
         kept: list[Coefficients] = []
         seen: list[Piece] = []
         hi = lost = 0
@@ -470,18 +471,16 @@ def _run(
         directions = directions.first(hi)
         if drop and recipe.until:
             _check_survivors(drop, lost, hi, objective.name)
-        kept = [_survivors(_joined(seen), center, recipe)]
+        survivors = _survivors(_joined(seen), center, recipe)
+        kept = [survivors]
         if lost:
             _warn_of_dropped(lost, hi, objective.name)
-        if contraction is not None:
-            contraction = Contraction(directions, recipe.sigma)
-            contraction.add(kept[0])
-    evidence = Evidence(recipe, seen, center)
-    if contraction is None:
-        return kept, None, evidence, directions
-    flat = contraction.result()
-    check_gradient(flat)
-    return kept, flat, evidence, directions
+        flat = contract(directions, recipe.sigma, survivors) if single else None
+    else:
+        flat = None if contraction is None else contraction.result()
+    if flat is not None:
+        check_gradient(flat)
+    return kept, flat, Evidence(recipe, seen, center), directions
 
 
 def _rounds(objective: Objective, recipe: Recipe, points: Points) -> Iterator[Piece]:

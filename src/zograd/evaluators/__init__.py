@@ -1,5 +1,6 @@
 """Evaluators: how ``fn`` is called on points, one file each."""
 
+from zograd.evaluators._inner import EVALUATORS
 from zograd.evaluators.base import Evaluator
 from zograd.evaluators.batched import Batched
 from zograd.evaluators.distributed import Distributed
@@ -13,7 +14,3 @@ __all__ = ["EVALUATORS", "Batched", "Distributed", "Evaluator", "Journal", "Loop
 
 def __dir__() -> list[str]:
     return list(__all__)
-
-
-EVALUATORS: dict[str, type[Loop | Vmap | Batched]] = {"loop": Loop, "vmap": Vmap, "batched": Batched}
-"""The names that ``evaluator=`` accepts."""

@@ -1,4 +1,4 @@
-"""What an evaluator that wraps another one accepts as that."""
+"""The names of evaluators, and what one that wraps another accepts as that."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from zograd.evaluators.batched import Batched
 from zograd.evaluators.loop import Loop
 from zograd.evaluators.vmap import Vmap
 
-__all__ = ["as_evaluator"]
+__all__ = ["EVALUATORS", "as_evaluator"]
 
-_NAMES: dict[str, type[Evaluator]] = {"loop": Loop, "vmap": Vmap, "batched": Batched}
+EVALUATORS: dict[str, type[Loop | Vmap | Batched]] = {"loop": Loop, "vmap": Vmap, "batched": Batched}
+"""The names that ``evaluator=`` accepts."""
 
 
 def as_evaluator(inner: Evaluator | str, typed: str) -> Evaluator:
@@ -30,6 +31,6 @@ def as_evaluator(inner: Evaluator | str, typed: str) -> Evaluator:
         return inner
     if not isinstance(inner, str):
         raise TypeError(f"`{typed}` must be an Evaluator or a name, got {type(inner).__name__} {inner!r:.80}.")
-    if inner not in _NAMES:
-        raise ValueError(f"`{typed}` must be one of {', '.join(map(repr, _NAMES))} or an Evaluator, got {inner!r}.")
-    return _NAMES[inner]()
+    if inner not in EVALUATORS:
+        raise ValueError(f"`{typed}` must be one of {', '.join(map(repr, EVALUATORS))} or an Evaluator, got {inner!r}.")
+    return EVALUATORS[inner]()
