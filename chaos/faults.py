@@ -1,8 +1,8 @@
 """What comes of faults inside workers: the right gradient or a named error, in time, and no process left?
 
-Two processes evaluate fn, which does something wrong at about a third of the points: the first time that it sees the
+Two processes evaluate fn, which does something wrong at about a fifth of the points: the first time that it sees the
 point, where retries must lead to the right gradient, or always, where the estimate must raise or drop just those
-directions. Faults that end a process cost a new one each, so there are fewer of them; so for those that hang.
+directions. Of each fault there are estimates until fn has done it as often as asked, which fn itself counts.
 """
 
 import os
@@ -15,14 +15,12 @@ from pathlib import Path
 
 import torch
 from _record import arguments, write
-from _simulators import FAULTS, faulty, processes, smooth
+from _simulators import DONE, FAULTS, faulty, processes, smooth
 
 import zograd
 from zograd.evaluators import Pool
 from zograd.failures import Drop, Retry
 
-COSTLY = ("hang", "SIGKILL", "segfault")
-SHARE = 10  # of the costly ones there is one for so many of the others
 PATIENCE, DEADLINE = 0.25, 60.0  # seconds of an evaluation, and until an estimate counts as hanging
 NAMED = (zograd.EvaluationError, zograd.NonFiniteError, zograd.WorkerError, ValueError, TypeError)
 
@@ -52,7 +50,7 @@ def right(found, x, seed, lost):
 
 
 def outcome(pool, path, fault, chance):
-    """One estimate with faults in it.
+    """One estimate with faults in it, which are counted in the folder at ``path``.
 
     Returns:
         How it ended, and whether that is right.
@@ -69,6 +67,15 @@ def outcome(pool, path, fault, chance):
     except NAMED:
         end, fine = "named error", True
     return end, fine, time.monotonic() - began > DEADLINE
+
+
+def injected(path):
+    """How often fn did something wrong, which it says in a file.
+
+    Returns:
+        The number.
+    """
+    return os.path.getsize(path / DONE) if (path / DONE).exists() else 0
 
 
 def alive(pid):
@@ -89,7 +96,7 @@ def main():
     Returns:
         The exit status.
     """
-    given = arguments(__doc__, 200, "estimates for each fault")
+    given = arguments(__doc__, 1000, "faults of each kind")
     chance, started = random.Random(given.seed), time.perf_counter()
     ends = dict.fromkeys(["right gradient", "with directions dropped", "named error"], 0)
     wrong = late = 0
@@ -101,14 +108,16 @@ def main():
         with Pool(processes(2), timeout=PATIENCE) as pool:
             for fault in FAULTS:
                 pool.timeout = PATIENCE if fault == "hang" else 10 * DEADLINE
-                for _ in range(max(2, given.count // SHARE) if fault in COSTLY else given.count):
-                    end, fine, slow = outcome(pool, Path(folder), fault, chance)
+                path = Path(folder, fault)
+                path.mkdir()
+                while injected(path) < given.count:
+                    end, fine, slow = outcome(pool, path, fault, chance)
                     pids |= {int(name.split(":")[1]) for name in pool._crew.names}
                     counts["estimates"] += 1
                     ends[end] += 1
                     wrong += not fine
                     late += slow
-                counts[f"with {fault}"] = max(2, given.count // SHARE) if fault in COSTLY else given.count
+                counts[fault] = injected(path)
     time.sleep(0.5)
     orphans = sum(map(alive, pids))
     counts |= {**ends, "silently wrong": wrong, "past the deadline": late, "processes left": orphans}

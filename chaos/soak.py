@@ -5,6 +5,7 @@ Four processes evaluate; every second on average one of them, chosen by chance, 
 """
 
 import collections
+import math
 import os
 import random
 import resource
@@ -68,11 +69,11 @@ def main():
     Returns:
         The exit status.
     """
-    given = arguments(__doc__, 50_000, "evaluations")
+    given = arguments(__doc__, 100_000, "evaluations")
     chance, started = random.Random(given.seed), time.perf_counter()
     over, killed, lost, twice, different = threading.Event(), [], 0, 0, 0
     estimates, first = 0, (0, 0)
-    rounds = max(2, given.count // (2 * EACH + 1))
+    rounds = max(2, math.ceil(given.count / (2 * EACH + 1)))
     with Pool(processes(4), 5) as pool:
         killer = threading.Thread(target=kill_some, args=(pool, chance, over, killed), daemon=True)
         killer.start()
