@@ -63,8 +63,8 @@ MUTANTS = [
     Mutant(
         "baseline overwritten in the loop",
         "estimator.py",
-        "return scheme.combine(_values(piece), center)",
-        "return scheme.combine(v := _values(piece), torch.cat([center[None], v[:-1, -1]]))",
+        "return scheme.combine(tensor_of(piece), center)",
+        "return scheme.combine(v := tensor_of(piece), torch.cat([center[None], v[:-1, -1]]))",
         (STATISTICS, EXACT),
     ),
     Mutant(
@@ -361,13 +361,13 @@ MUTANTS = [
     Mutant(
         "the directions that must survive are counted by the bound of Until",
         "estimator.py",
-        "_check_survivors(drop, lost, hi, objective.name)",
-        "_check_survivors(drop, lost, len(points), objective.name)",
+        "check_survivors(drop, lost, hi, objective.name)",
+        "check_survivors(drop, lost, len(points), objective.name)",
         ("test_until.py",),
     ),
     Mutant(
         "vjp forgets the surrogate",
-        "estimator.py",
+        "_estimate.py",
         "        if self._flat is None:\n            flat = contract(",
         "        if True:\n            flat = contract(",
         ("test_surrogate.py",),
@@ -444,7 +444,7 @@ MUTANTS = [
     ),
     Mutant(
         "the mean over all directions where some were dropped",
-        "estimator.py",
+        "_evidence.py",
         "out[alive] = rows * (len(alive) / len(rows))",
         "out[alive] = rows",
         (FAILURES,),
@@ -514,9 +514,9 @@ MUTANTS = [
     ),
     Mutant(
         "the step's resolution is asked of half precision alone",
-        "estimator.py",
-        "radius > 100 * eps:",
-        "radius > 0:",
+        "_refusals.py",
+        "radius > _CLEAR.get(leaf.dtype, math.inf):",
+        "radius > 0 and leaf.dtype in _CLEAR:",
         ("test_first_hour.py",),
     ),
     Mutant(

@@ -5,6 +5,7 @@ values alone, so that ``loss.backward()`` and every optimizer of PyTorch work as
 """
 
 from zograd import diagnostics, distributions, evaluators, failures, nn, optim, schemes, shaping, unrolled
+from zograd._estimate import Estimate
 from zograd._options import Options
 from zograd._random import current_seed, current_seeds
 from zograd._versions import __version__, show_versions
@@ -24,7 +25,6 @@ from zograd.errors import (
     WorkerError,
     ZeroOrderWarning,
 )
-from zograd.estimator import Estimate
 from zograd.optim import replay
 from zograd.sampling import Until
 from zograd.schemes import ANTITHETIC, FORWARD, FOURTH_ORDER, NAIVE, Scheme

@@ -8,8 +8,9 @@ made from the same values, which is how second derivatives come about.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +20,24 @@ from torch.autograd import forward_ad
 
 from zograd._contraction import by_slice, contract, from_slices, project, weigh
 from zograd._curvature import by_direction, identity_term, refused
+from zograd._estimate import Estimate
+from zograd._evidence import Evidence
 from zograd._objective import Habits, Objective
 from zograd._points import Directions
 from zograd._random import draw_seed
+from zograd._recipe import Recipe
+from zograd._refusals import check_gradient
 from zograd._tree import Arguments, Space
 from zograd.errors import SecondDerivativeError
-from zograd.estimator import Estimate, Evidence, Recipe, check_gradient, estimate
+from zograd.estimator import estimate
 from zograd.tracking import Tally, watched
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = ["Plan", "Setup", "differentiate"]
+
+_NOTHING = contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -105,16 +112,21 @@ class Plan:
         return self.kept[number][1].differences(self.directions(number))
 
 
-class _may_draw:  # a context manager, as a class since it is on the way of every estimate
+def _may_draw() -> contextlib.AbstractContextManager[None]:
     """Lets random numbers be drawn inside ``torch.autograd``'s own vmap, which knows no instances of us."""
+    torch._C._vmapmode_increment_nesting()
+    levels = torch._C._vmapmode_decrement_nesting()
+    return _outside(levels) if levels else _NOTHING
 
-    def __enter__(self) -> None:
-        self._levels: int = torch._C._vmapmode_increment_nesting()
-        for _ in range(self._levels):
-            torch._C._vmapmode_decrement_nesting()
 
-    def __exit__(self, *error: object) -> None:
-        for _ in range(self._levels - 1):
+@contextlib.contextmanager
+def _outside(levels: int) -> Iterator[None]:
+    for _ in range(levels):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        yield
+    finally:
+        for _ in range(levels):
             torch._C._vmapmode_increment_nesting()
 
 

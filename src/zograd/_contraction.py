@@ -39,8 +39,10 @@ class Contraction:
     def add(self, coefficients: Coefficients) -> None:
         """Take the coefficients of the next directions, one for each slice, and sum every block that is whole now."""
         d, space = self._directions, self._space
-        if isinstance(coefficients, list):
-            c = torch.tensor([coefficients], dtype=space.dtype, device=space.device).t()
+        if isinstance(coefficients, list) and len(coefficients) == 1:  # without a list to be looked through
+            c = torch.full((1, 1), coefficients[0], dtype=space.dtype, device=space.device)
+        elif isinstance(coefficients, list):
+            c = torch.tensor(coefficients, dtype=space.dtype, device=space.device).view(-1, 1)
         else:
             c = coefficients.reshape(-1, space.slices).to(device=space.device, dtype=space.dtype)
         if self._waiting is not None:

@@ -157,11 +157,11 @@ class Objective:
         self.arguments = arguments
         self._build = arguments.builder()
         chosen = set(arguments.chosen)
-        others = [leaf for i, leaf in enumerate(arguments.leaves) if i not in chosen]
-        self._others = [t for t in others if isinstance(t, torch.Tensor) and t.requires_grad]
+        others = enumerate(arguments.leaves)
+        self._others = [t for i, t in others if i not in chosen and isinstance(t, torch.Tensor) and t.requires_grad]
         self.habits = habits
 
-    @functools.cached_property
+    @property
     def name(self) -> str:
         """How errors call the function."""
         return function_name(self._fn)
@@ -189,7 +189,7 @@ class Objective:
     def _at_center(self, params: Leaves, *, batched: bool) -> torch.Tensor:
         rows = range(CENTER, CENTER + 1) if batched else None
         out = self._evaluate(params, CENTER, rows, getattr(self._fn, "at_center", self._fn))
-        value = as_tensor(out, self.name).detach()
+        value = self._as_tensor(out).detach()
         if batched:
             value = self._drop_leading_one(value)
         # Copies, since fn may have returned a view of its argument.
@@ -215,13 +215,16 @@ class Objective:
             raise
         if type(out) is float and not self.shape:
             return out
-        if not (isinstance(out, torch.Tensor) and out.is_floating_point()):
-            out = as_tensor(out, self.name)
+        out = self._as_tensor(out)
         if out.shape != self.shape:
             raise self._wrong_shape(out.shape, self.shape)
         if not self.shape and out.device.type == "cpu":
             return out.item()
         return out.detach().to(torch.float64, copy=True)
+
+    def _as_tensor(self, out: Any) -> torch.Tensor:
+        # Told the name only if it has something to say: that takes as long as all the rest.
+        return out if isinstance(out, torch.Tensor) and out.is_floating_point() else as_tensor(out, self.name)
 
     def many(
         self,
@@ -263,7 +266,7 @@ class Objective:
                 if is_failure(error):
                     raise self._failed(error, lo, several) from error
                 raise
-            out = as_tensor(made, self.name)
+            out = self._as_tensor(made)
         wanted = torch.Size((rows, *self.shape))
         if out.shape != wanted:
             raise self._wrong_shape(out.shape, wanted)

@@ -6,6 +6,7 @@ of any direction regenerates alone, on any worker, in any order. Purposes never 
 
 from __future__ import annotations
 
+import functools
 import threading
 from contextvars import ContextVar
 from enum import IntEnum
@@ -44,6 +45,7 @@ def _mix32(x: int) -> int:
     return x ^ (x >> 16)
 
 
+@functools.lru_cache(maxsize=8)  # an estimate mixes its own seed for each of its streams
 def _mix64(x: int) -> int:
     """A bijection of 64-bit integers (splitmix64)."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK64

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from zograd._autograd import Plan, Setup, is_tracked
+from zograd._estimate import Estimate
+from zograd._evidence import Evidence
 from zograd._objective import Objective
 from zograd._particles import SIDES, Particles, Values, draw, evaluate
 from zograd._precision import full_precision
 from zograd._random import derive
+from zograd._recipe import Recipe
+from zograd._refusals import check_gradient, check_radii, warn_below_resolution
 from zograd._tree import Arguments, Leaves, Space, flatten, sigma_per_leaf, unsupported
 from zograd.errors import ZeroOrderWarning
-from zograd.estimator import Estimate, Evidence, Recipe, check_gradient, check_radii, warn_below_resolution
 from zograd.tracking import Tally
 
 if TYPE_CHECKING:

@@ -19,16 +19,17 @@ from zograd._autograd import Plan, Setup, differentiate, forward_mode, is_tracke
 from zograd._objective import Habits, as_tensor, commit, function_name, refuses_grad, wants_grad
 from zograd._options import Options
 from zograd._random import plain_call
+from zograd._recipe import Recipe
+from zograd._refusals import check_radii
 from zograd._tree import Arguments, Space, flatten, sigma_per_leaf, unsupported
 from zograd.errors import ZeroOrderWarning
-from zograd.estimator import Recipe, check_radii
 from zograd.sampling import Until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from zograd._estimate import Estimate
     from zograd.distributions.adapter import DistributionLike
-    from zograd.estimator import Estimate
     from zograd.evaluators.base import Evaluator
     from zograd.failures import Failures
     from zograd.schemes import Scheme

@@ -20,8 +20,8 @@ from zograd.distributions.gaussian import Gaussian
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from zograd._estimate import Estimate
     from zograd.distributions.adapter import DistributionLike
-    from zograd.estimator import Estimate
     from zograd.evaluators.base import Evaluator
     from zograd.failures import Failures
     from zograd.sampling import Until

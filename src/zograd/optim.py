@@ -17,10 +17,10 @@ from zograd._overlay import Overlay
 from zograd._points import Directions
 from zograd._precision import full_precision
 from zograd._random import FnStream, derive, draw_seed
+from zograd._refusals import check_radii, warn_below_resolution
 from zograd._tree import Leaves, Space, unsupported
 from zograd.distributions.adapter import adapt
 from zograd.errors import NonFiniteError, ReplayError
-from zograd.estimator import check_radii, warn_below_resolution
 from zograd.schemes import ANTITHETIC
 from zograd.tracking import Tally
 

@@ -13,8 +13,9 @@ import torch
 from zograd._check.subject import OutOfBudgetError
 from zograd._contraction import project
 from zograd._precision import full_precision
+from zograd._recipe import Recipe
 from zograd.errors import ZeroOrderWarning
-from zograd.estimator import Recipe, estimate
+from zograd.estimator import estimate
 from zograd.evaluators import Batched, Evaluator, Loop, Vmap
 from zograd.schemes import ANTITHETIC, FORWARD, NAIVE, Scheme
 
