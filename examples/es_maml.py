@@ -82,7 +82,7 @@ def meta_train(objective, seed, steps, name):
         loss = fn(objective)(policy)
         loss.backward()
         optimizer.step()
-        progress.set_postfix_str(f"return on one goal {-float(loss):.0f}", refresh=False)
+        progress.set_postfix_str(f"return on one goal {-loss.item():.0f}", refresh=False)
     return policy.detach()
 
 

@@ -121,7 +121,7 @@ def meta_train(kind, seed, steps):
         loss = exploitability(params, kind)
         loss.backward()
         optimizer.step()
-        progress.set_postfix_str(f"NashConv {float(loss):.3f}", refresh=False)
+        progress.set_postfix_str(f"NashConv {loss.item():.3f}", refresh=False)
     return params.detach()
 
 
