@@ -1,6 +1,6 @@
 """Is anything lost or counted twice while workers are killed at random, and does anything grow?
 
-Four processes evaluate; every second on average one of them, chosen by chance, gets SIGKILL. Each value is told once
+Four processes evaluate, and each gets SIGKILL after a second on average. Each value is told once
 (as a journal would hear it), and each gradient is compared with that of the loop.
 """
 
@@ -21,6 +21,8 @@ from _simulators import processes, smooth
 import zograd
 from zograd.evaluators import Evaluator, Loop, Pool
 
+WORKERS = 4
+LIFE = 1.0  # seconds of a worker, on average
 EACH = 500  # directions of an estimate
 GROWTH = 64 << 20  # bytes that may be allocated in the end beyond what was after the first tenth
 HANDLES = 16
@@ -38,8 +40,8 @@ class Listening(Evaluator):
 
 
 def kill_some(pool, chance, over, killed):
-    """Kill a worker a second on average."""
-    while not over.wait(chance.expovariate(1.0)):
+    """Kill one of the workers now and then."""
+    while not over.wait(chance.expovariate(WORKERS / LIFE)):
         executor = pool._crew._executor
         pids = list(getattr(executor, "_processes", None) or {})
         if pids:
@@ -74,7 +76,7 @@ def main():
     over, killed, lost, twice, different = threading.Event(), [], 0, 0, 0
     estimates, first = 0, (0, 0)
     rounds = max(2, math.ceil(given.count / (2 * EACH + 1)))
-    with Pool(processes(4), 5) as pool:
+    with Pool(processes(WORKERS), 5) as pool:
         killer = threading.Thread(target=kill_some, args=(pool, chance, over, killed), daemon=True)
         killer.start()
         for k in range(rounds):
