@@ -500,7 +500,7 @@ MUTANTS = [
     ),
     Mutant(
         "records that show every number",
-        "optim.py",
+        "_records.py",
         'return f"Records(steps={len(self)}, num',
         'return f"Records({self.__dict__}{len(self)}, num',
         ("test_public.py",),
@@ -549,7 +549,7 @@ MUTANTS = [
     ),
     Mutant(
         "one sigma for all groups of MeZO",
-        "optim.py",
+        "_descent.py",
         "directions.distribution.scale(space) * sigma[k]",
         "directions.distribution.scale(space) * sigma[0]",
         ("test_optim.py",),

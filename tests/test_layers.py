@@ -48,6 +48,8 @@ LEVELS = [
     ("L4.5", ["_refusals"]),
     ("L4.6", ["_evidence"]),
     ("L4.7", ["_estimate"]),
+    ("L4.5", ["_records"]),
+    ("L4.6", ["_descent"]),
     ("L5", ["estimator"]),
     ("L6", ["_autograd", "_options", "optim"]),
     ("L6.1", ["_window", "_particles"]),

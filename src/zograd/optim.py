@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from array import array
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zograd._contraction import contract
+from zograd._descent import update
 from zograd._objective import as_tensor, wants_grad
 from zograd._overlay import Overlay
 from zograd._points import Directions
-from zograd._precision import full_precision
 from zograd._random import FnStream, derive, draw_seed
+from zograd._records import Group, Records
 from zograd._refusals import check_radii, warn_below_resolution
 from zograd._tree import Leaves, Space, unsupported
 from zograd.distributions.adapter import adapt
@@ -25,8 +23,6 @@ from zograd.schemes import ANTITHETIC
 from zograd.tracking import Tally
 
 if TYPE_CHECKING:
-    from os import PathLike
-
     from zograd.distributions.adapter import DistributionLike
     from zograd.distributions.base import Distribution
 
@@ -38,140 +34,6 @@ def __dir__() -> list[str]:
 
 
 _SEED_BITS = 32  # of a step: what a record holds
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The settings of a parameter group at a step, and which parameters it trains."""
-
-    lr: float
-    sigma: float
-    weight_decay: float
-    trained: tuple[int, ...]
-
-
-@dataclass
-class Records:
-    """What an optimizer did: a seed and the coefficients of each step, a few bytes, and the settings where they change.
-
-    With the weights that the run began with they are the weights it ended with, see :func:`replay`. A run of 20000
-    steps with one direction each takes 160 kB. A learning rate that changes at every step adds its number to each.
-
-    Examples:
-        >>> import torch, zograd
-        >>> weights = torch.zeros(3)
-        >>> x = torch.nn.Parameter(weights.clone())
-        >>> opt = zograd.optim.MeZO([x], lr=0.1, sigma=0.01, seed=0)
-        >>> for _ in range(10):
-        ...     _ = opt.step(lambda: (x - 1).square().sum())
-        >>> len(opt.records), opt.records.nbytes
-        (10, 80)
-        >>> zograd.replay(opt.records, [weights])
-        >>> torch.equal(weights, x)
-        True
-    """
-
-    num_samples: int
-    distribution: str
-    double: bool = False
-    seeds: array[int] = field(default_factory=lambda: array("I"))
-    coefficients: array[float] = field(default_factory=lambda: array("f"))
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
-    changes: list[tuple[int, list[_Group]]] = field(default_factory=list)  # from which step on
-
-    def __len__(self) -> int:
-        return len(self.seeds)
-
-    def __repr__(self) -> str:
-        return f"Records(steps={len(self)}, num_samples={self.num_samples}, distribution={self.distribution})"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all steps, without the settings."""
-        return sum(a.itemsize * len(a) for a in (self.seeds, self.coefficients))
-
-    def steps(self) -> Iterator[tuple[int, list[float], list[_Group]]]:
-        """Seed, coefficients and settings of each step.
-
-        Yields:
-            One step after the other.
-        """
-        changes = iter([*self.changes, (len(self), [])])
-        groups: list[_Group] = []
-        upcoming = next(changes)
-        for step, seed in enumerate(self.seeds):
-            while upcoming[0] == step:
-                groups, upcoming = upcoming[1], next(changes)
-            lo = step * self.num_samples
-            yield seed, list(self.coefficients[lo : lo + self.num_samples]), groups
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and plain numbers, for ``torch.save`` and ``torch.load(weights_only=True)``.
-
-        Returns:
-            A dict for :meth:`from_state_dict`.
-        """
-        return {
-            "num_samples": self.num_samples,
-            "distribution": self.distribution,
-            "seeds": torch.tensor(self.seeds, dtype=torch.int64).to(torch.uint32),
-            "coefficients": torch.tensor(self.coefficients, dtype=torch.float64 if self.double else torch.float32),
-            "shapes": [list(shape) for shape in self.shapes],
-            "changes": [
-                (step, [(g.lr, g.sigma, g.weight_decay, list(g.trained)) for g in groups])
-                for step, groups in self.changes
-            ],
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Records:
-        """Records from :meth:`state_dict`.
-
-        Args:
-            state: what that returned.
-
-        Returns:
-            The records.
-        """
-        double = state["coefficients"].dtype == torch.float64
-        return cls(
-            state["num_samples"],
-            state["distribution"],
-            double,
-            array("I", state["seeds"].to(torch.int64).tolist()),
-            array("d" if double else "f", state["coefficients"].tolist()),
-            [tuple(shape) for shape in state["shapes"]],
-            [(step, [_Group(a, b, c, tuple(d)) for a, b, c, d in groups]) for step, groups in state["changes"]],
-        )
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write a file.
-
-        Args:
-            path: where.
-        """
-        torch.save(self.state_dict(), path)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> Records:
-        """Read a file that :meth:`save` wrote; it can hold numbers only, no code.
-
-        Args:
-            path: where it is.
-
-        Returns:
-            The records.
-        """
-        return cls.from_state_dict(torch.load(path, weights_only=True))
-
-    def _append(self, seed: int, coefficients: list[float], groups: list[_Group], params: Leaves) -> None:
-        if not self.double and any(p.dtype == torch.float64 for p in params):  # a group of them may come later
-            self.double, self.coefficients = True, array("d", self.coefficients)
-        if not self.changes or self.changes[-1][1] != groups:
-            self.changes.append((len(self), groups))
-            self.shapes = [tuple(p.shape) for p in params]
-        self.seeds.append(seed)
-        self.coefficients.extend(coefficients)
 
 
 class MeZO(torch.optim.Optimizer):
@@ -328,7 +190,7 @@ class MeZO(torch.optim.Optimizer):
         self,
         closure: Callable[[], Any],
         params: Leaves,
-        groups: list[_Group],
+        groups: list[Group],
         chosen: Leaves,
         directions: Directions,
         sigma: tuple[float, ...],
@@ -348,17 +210,17 @@ class MeZO(torch.optim.Optimizer):
                 f"`MeZO.step(closure)`: the closure's values, up to {max(abs(v) for row in values for v in row):.3g}, "
                 f"have differences beyond the range of {dtype}; the parameters are as before the step. Scale the loss."
             )
-        _update(params, groups, directions, coefficients)
-        self.records._append(directions.seed, coefficients, groups, params)
+        update(params, groups, directions, coefficients)
+        self.records.append(directions.seed, coefficients, groups, params)
         return torch.tensor(values, dtype=torch.float64).mean().to(dtype)
 
     def _params(self) -> Leaves:
         return tuple(p for group in self.param_groups for p in group["params"])
 
-    def _groups(self) -> list[_Group]:
+    def _groups(self) -> list[Group]:
         indices = {id(p): i for i, p in enumerate(self._params())}
         return [
-            _Group(
+            Group(
                 _setting(group, "lr"),  # checked again: schedulers and users set them
                 _setting(group, "sigma"),
                 _setting(group, "weight_decay"),
@@ -449,7 +311,7 @@ def replay(records: Records, params: Iterable[torch.Tensor], distribution: Distr
     with torch.no_grad():
         for seed, coefficients, groups in records.steps():
             space = Space.of(tuple(leaves[i] for group in groups for i in group.trained))
-            _update(leaves, groups, Directions(family, space, seed, records.num_samples), coefficients)
+            update(leaves, groups, Directions(family, space, seed, records.num_samples), coefficients)
 
 
 def _check_streams(seed: Any, generator: Any) -> None:
@@ -550,51 +412,3 @@ class _Point:
             else:
                 new[run] = torch.add(old[run].to(eps.dtype), eps, alpha=scale)
         return point
-
-
-def _update(params: Leaves, groups: list[_Group], directions: Directions, coefficients: list[float]) -> None:
-    """One step of gradient descent on the estimate, leaf by leaf and run by run."""
-    settings = [group for group in groups for _ in group.trained]
-    chosen = [params[i] for group in groups for i in group.trained]
-    with full_precision(directions.space.device):
-        gradient = _gradient(directions, coefficients, tuple(group.sigma for group in settings))
-        for k, (param, group) in enumerate(zip(chosen, settings, strict=True)):
-            if group.lr == 0:
-                continue
-            contiguous = param.detach().contiguous()
-            flat = contiguous.view(-1)
-            lo, _ = directions.space.bounds[k]
-            for start, piece in gradient(k):
-                _descend(flat[start - lo : start - lo + piece.numel()], piece, group)
-            if contiguous.data_ptr() != param.data_ptr():
-                param.copy_(contiguous)
-
-
-def _descend(param: torch.Tensor, gradient: torch.Tensor, group: _Group) -> None:
-    exact = param.to(gradient.dtype)
-    if group.weight_decay:
-        gradient = gradient.add(exact, alpha=group.weight_decay)
-    exact.add_(gradient, alpha=-group.lr)
-    if exact.dtype != param.dtype:
-        param.copy_(exact)
-
-
-def _gradient(
-    directions: Directions, coefficients: list[float], sigma: tuple[float, ...]
-) -> Callable[[int], Iterator[tuple[int, torch.Tensor]]]:
-    """The gradient of a leaf by runs of values: where a run begins, and the run. In the order of Contraction's sums."""
-    space, num = directions.space, len(directions)
-    c = torch.tensor(coefficients, dtype=space.dtype, device=space.device)
-    if not directions.tiled:
-        flat = contract(directions, sigma, c.unsqueeze(1))
-        return lambda k: iter([(space.bounds[k][0], flat[slice(*space.bounds[k])])])
-
-    def runs(k: int) -> Iterator[tuple[int, torch.Tensor]]:
-        divisor = num / directions.distribution.scale(space) * sigma[k]
-        for first, *others in zip(*(directions.values(i, *space.bounds[k]) for i in range(num)), strict=True):
-            total = first[1] * c[0]
-            for i, (_, eps) in enumerate(others, 1):
-                total.addcmul_(eps, c[i])
-            yield first[0], total.div_(divisor)
-
-    return runs
