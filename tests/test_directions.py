@@ -60,7 +60,7 @@ def test_a_group_of_directions_is_orthogonal(lengths, size, num, dtype):
 
 @statistics
 def test_lengths_and_directions_of_a_frame_are_those_of_gaussian_vectors(checks):
-    rows = matrix(directions(Orthogonal(), (3,), num=60_000, seed=checks.seed()))
+    rows = matrix(directions(Orthogonal(), (3,), num=90_000, seed=checks.seed()))
     checks.mean(rows.square().sum(dim=1), 3.0, effect=0.2)
     checks.mean(rows.square().sum(dim=1).square(), 15.0, effect=2.0, what="fourth moment of the length")
     checks.mean(rows**4, 3.0, effect=0.5, what="fourth moment")
