@@ -39,6 +39,7 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True  # the attributes of a dataclass are members of the page already
 add_module_names = False
+python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

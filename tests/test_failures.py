@@ -277,7 +277,11 @@ def test_what_chance_fails_does_not_move_the_mean():
         (lambda: Drop(float("nan")), ValueError, r"must lie above 0 and be at most 1, got nan"),
         (lambda: Drop("all"), TypeError, r"`Drop\(min_success=...\)` must be a number, got str 'all'"),
         (lambda: zero_order(failures=Drop), TypeError, r"`zero_order\(failures=...\)` .* the class Drop: add `\(\)`"),
-        (lambda: zero_order(failures=3), ValueError, r"must be 'raise', a Retry or a Drop of `zograd.failures`, got 3"),
+        (
+            lambda: zero_order(failures=3),
+            TypeError,
+            r"must be 'raise', a Retry or a Drop of `zograd.failures`, got int 3",
+        ),
     ],
 )
 def test_bad_settings(make, error, text):

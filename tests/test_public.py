@@ -1,6 +1,7 @@
 """The public names: complete, documented, and as the page that defines them says."""
 
 import ast
+import functools
 import importlib
 import inspect
 import os
@@ -74,8 +75,8 @@ def test_it_is_documented(thing):
     elif not issubclass(thing, (Exception, Warning)) and not inspect.isabstract(thing):
         assert (
             "Args:" in thing.__doc__
-            or not inspect.signature(thing).parameters
             or "Attributes:" in thing.__doc__
+            or not inspect.signature(thing).parameters
             or made_by_us(thing)
         )
 
@@ -88,6 +89,21 @@ def made_by_us(thing):
 @pytest.mark.parametrize("method", list(methods()))
 def test_its_methods_are_documented(method):
     assert (method.__doc__ or "").strip()
+
+
+def properties():
+    for parameter in members():
+        (thing,) = parameter.values
+        if inspect.isclass(thing):
+            for name, member in vars(thing).items():
+                if not name.startswith("_") and isinstance(member, (property, functools.cached_property)):
+                    yield pytest.param(member, id=f"{parameter.id}.{name}")
+
+
+@pytest.mark.parametrize("member", list(properties()))
+def test_no_property_is_taken_for_a_type(member):
+    """The site reads what stands before a colon in the first line as the type."""
+    assert ": " not in member.__doc__.strip().splitlines()[0]
 
 
 def test_the_signature_of_zero_order():

@@ -8,6 +8,11 @@ from sphinx.application import Sphinx
 from sphinx.util.math import get_node_equation_number
 from sphinx.writers.html5 import HTML5Translator
 
+# latex2mathml lets bars grow with what stands beside them, and takes two operators for letters.
+_BAR = '<mo stretchy="false" lspace="0" rspace="0">{}</mo>'
+_MEANT = {f"<mo>{bar}</mo>": _BAR.format(bar) for bar in ("&#x02016;", "&#x0007C;")}
+_MEANT |= {"<mi>&#x0007E;</mi>": "<mo>&#x0223C;</mo>", "<mi>&#x000B1;</mi>": "<mo>&#x000B1;</mo>"}
+
 
 def inline(self: HTML5Translator, node: nodes.math) -> None:
     """Write a formula of a line of text."""
@@ -25,6 +30,8 @@ def display(self: HTML5Translator, node: nodes.math_block) -> None:
 
 def _mathml(latex: str, kind: str) -> str:
     out = convert(" ".join(latex.split()), display=kind)
+    for wrong, right in _MEANT.items():
+        out = out.replace(wrong, right)
     if "\\" in out:  # it writes down what it does not know, as a name
         raise ValueError(f"the formula {latex!r} has a command that latex2mathml does not know: {out}")
     return out

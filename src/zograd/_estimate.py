@@ -33,11 +33,24 @@ class Estimate:
 
     Attributes:
         value: ``fn`` at the parameters, one plain call, never shaped.
-        directions: the directions, made again when asked for.
+        directions: the directions, made again when asked for; ``len()`` is how many there are, and
+            ``directions.values(i, 0, directions.space.size)`` yields the values of direction i in runs, each with the
+            place where it begins.
         sigma: the smoothing radius of each differentiated leaf.
         seed: what the directions are a function of.
         evaluations: points evaluated, the center and retries included.
         failures: evaluations that failed and were dealt with by a policy.
+
+    Examples:
+        >>> import torch, zograd
+        >>> @zograd.zero_order(method="antithetic", num_samples=100, seed=0)
+        ... def fn(params):
+        ...     return params["a"].square().sum() + 3 * params["b"]
+        >>> estimate = fn.estimate({"a": torch.ones(2), "b": torch.tensor(0.0)})
+        >>> estimate.value, estimate.evaluations, sorted(estimate.grad)
+        (tensor(2.), 201, ['a', 'b'])
+        >>> estimate.samples_needed(cosine=0.9) < 30
+        True
     """
 
     value: torch.Tensor
@@ -53,12 +66,12 @@ class Estimate:
 
     @cached_property
     def coefficients(self) -> torch.Tensor:
-        """What the scheme made of each direction's values: float64, of shape ``(num_samples, *out)``."""
+        """What the scheme made of each direction's values, in float64 and of shape ``(num_samples, *out)``."""
         return joined(self._coefficients)
 
     @cached_property
     def grad(self) -> Any:
-        """The gradient, in the structure of the differentiated argument (several: a tuple of them).
+        """The gradient, in the structure of the differentiated argument (a tuple where there are several).
 
         Raises:
             ValueError: if ``fn`` returned several values: their gradient needs a cotangent, see :meth:`vjp`.
@@ -99,11 +112,13 @@ class Estimate:
     def hvp(self, vector: Any) -> Any:
         r"""The product of the Hessian with a vector, from the values that the gradient was made of.
 
-        .. math:: \hat H v = \frac{1}{N \sigma^2} \sum_{i=1}^{N} \tilde h_i (\epsilon_i \epsilon_i^\top - I) v,
-                  \qquad h_i = \sum_j \frac{w_j}{c_j} (f_{ij} - f_0)
+        .. math:: \hat H v = \frac{1}{N \sigma^2} \sum_{i=1}^{N} \tilde h_i (\epsilon_i \epsilon_i^\top - I) v
+
+        .. math:: h_i = \sum_j \frac{w_j}{c_j} (f_{ij} - f_0)
 
         By Stein's identity its mean is the Hessian of the smoothed function, for any ``fn``: :math:`\tilde h_i` is
-        :math:`h_i` minus the mean over the other directions. The error falls with :math:`1 / \sqrt N`. Antithetic
+        :math:`h_i` minus the mean over the other directions, :math:`f_{ij}` the value at offset :math:`c_j` along
+        direction i, :math:`f_0` the value at the parameters. The error falls with :math:`1 / \sqrt N`. Antithetic
         differences cancel the gradient's part of :math:`h_i`; with one-sided ones it stays, as noise of the size
         :math:`\lVert g \rVert / \sigma`. The same product comes from autograd with ``create_graph=True``.
 
@@ -119,7 +134,8 @@ class Estimate:
 
         Examples:
             >>> import torch, zograd
-            >>> @zograd.zero_order(method="antithetic", num_samples=20_000, sigma=0.1, evaluator="vmap", seed=0)
+            >>> settings = {"method": "antithetic", "num_samples": 20_000, "sigma": 0.1, "evaluator": "vmap"}
+            >>> @zograd.zero_order(**settings, seed=0)
             ... def fn(x):
             ...     return x[0] * x[1]
             >>> fn.estimate(torch.zeros(2)).hvp(torch.ones(2)).round()
@@ -150,25 +166,27 @@ class Estimate:
     def standard_error(self) -> Any:
         r"""The standard error of each entry of ``grad``, from the values that the gradient was made of.
 
-        .. math:: \widehat{se}^2 = \frac{B}{(B - 1) N^2} \sum_{b=1}^{B} \Big( \sum_{i \in b}
-                  (c_i \epsilon_i / \sigma - \hat g) \Big)^2
+        .. math:: \widehat{se}^2 = \frac{B}{(B - 1) N^2} \sum_{b=1}^{B} \left( \sum_{i \in b}
+                  (a_i \epsilon_i / \sigma - \hat g) \right)^2
 
-        The sums run over B groups of directions that do not depend on each other: single directions, or whole blocks
-        of ``Orthogonal()``, ``Hadamard()`` and ``Sobol()``. For ``centered_ranks`` and ``standardize`` it is a
-        jackknife over up to 32 parts. It is the error about the mean of the estimate, the gradient of the *smoothed*
-        function; the bias of a large ``sigma`` does not show in it. The target lies within two standard errors in about
-        95 % of the entries; with fewer than about 20 groups in less.
+        The coefficients :math:`a_i` are those of ``coefficients`` (times d for ``Coordinate()``, whose estimate is d
+        times a mean). The sums run over B groups of directions that do not depend on each other: single directions, or
+        whole blocks of ``Orthogonal()``, ``Hadamard()``, ``Sobol()`` and ``Coordinate()``. For ``centered_ranks`` and
+        ``standardize`` it is a jackknife over up to 32 parts. It is the error about the mean of the estimate, the
+        gradient of the *smoothed* function; the bias of a large ``sigma`` does not show in it. The target lies within
+        two standard errors in about 95 % of the entries; with fewer than about 20 groups in less.
 
         Returns:
             Tensors in the structure of ``grad``.
 
         Raises:
-            ValueError: if there is one group only, ``fn`` returned several values, or the error of the shaping is not
-                known.
+            ValueError: if there is one group only, ``fn`` returned several values, the error of the shaping is not
+                known, or directions that depend on each other were dropped.
 
         Examples:
             >>> import torch, zograd
-            >>> estimate = zograd.zero_order(num_samples=400, seed=0)(lambda x: x.sum()).estimate(torch.zeros(2))
+            >>> fn = zograd.zero_order(num_samples=400, seed=0)(lambda x: x.sum())
+            >>> estimate = fn.estimate(torch.zeros(2))
             >>> ((estimate.grad - 1).abs() < 3 * estimate.standard_error()).all()
             tensor(True)
         """
@@ -182,7 +200,7 @@ class Estimate:
         The noise's own share is taken off the estimate's length, so that noise alone has a ratio about 0.
 
         Returns:
-            The ratio; infinite if the groups of directions agree exactly.
+            The ratio; infinite if the groups of directions agree exactly, and 0 if the gradient is zero.
 
         Raises:
             ValueError: as :meth:`standard_error`.
@@ -192,7 +210,8 @@ class Estimate:
     def split_half_cosine(self) -> float:
         """The cosine between the gradients that every other group of directions and the rest give.
 
-        Between 0 for noise alone and 1: what one would see by estimating twice with half the directions each.
+        About 0, of either sign, for noise alone, and 1 without noise: what one would see by estimating twice with half
+        the directions each.
 
         Returns:
             The cosine.

@@ -91,7 +91,8 @@ class Options:
             New options.
 
         Raises:
-            TypeError: if a name is not a setting.
+            TypeError: if a name is not a setting, or a setting of a wrong type.
+            ValueError: if a setting is out of its range.
         """
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "call"}
         for name in changes:
@@ -308,8 +309,11 @@ def _failures(value: Any, typed: str, call: str) -> Failures:
         return value
     if isinstance(value, type) and issubclass(value, (Retry, Drop)):
         raise TypeError(f"{typed} must be an instance, got the class {value.__name__}: add `()`.")
-    if not isinstance(value, str) or value != "raise":
-        raise ValueError(f"{typed} must be 'raise', a Retry or a Drop of `zograd.failures`, got {value!r:.80}.")
+    wanted = f"{typed} must be 'raise', a Retry or a Drop of `zograd.failures`, got"
+    if not isinstance(value, str):
+        raise TypeError(f"{wanted} {type(value).__name__} {value!r:.80}.")
+    if value != "raise":
+        raise ValueError(f"{wanted} {value!r:.80}.")
     return value
 
 

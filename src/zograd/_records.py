@@ -34,6 +34,15 @@ class Records:
     With the weights that the run began with they are the weights it ended with, see :func:`replay`. A run of 20000
     steps with one direction each takes 160 kB. A learning rate that changes at every step adds its number to each.
 
+    Attributes:
+        num_samples: directions of each step.
+        distribution: their family, by its ``repr``.
+        double: whether a parameter is of float64, and so the coefficients are.
+        seeds: one for each step.
+        coefficients: ``num_samples`` for each step.
+        shapes: those of the parameters.
+        changes: the settings of the groups, with the step from which on they hold.
+
     Examples:
         >>> import torch, zograd
         >>> weights = torch.zeros(3)
@@ -71,7 +80,7 @@ class Records:
         """Seed, coefficients and settings of each step.
 
         Yields:
-            One step after the other.
+            ``(seed, coefficients, groups)``, one step after the other.
         """
         changes = iter([*self.changes, (len(self), [])])
         groups: list[Group] = []

@@ -44,7 +44,22 @@ _REMEMBERED = 64  # kinds of calls, by the shapes of their tensors
 
 
 class ZeroOrderFunction(Generic[P]):
-    """A function with a gradient from its values; made by :func:`zero_order`."""
+    """A function with a gradient from its values; made by :func:`zero_order`.
+
+    Attributes:
+        fn: the function that was decorated.
+        options: the settings.
+
+    Examples:
+        >>> import torch, zograd
+        >>> loss = zograd.zero_order(method="antithetic", num_samples=100, seed=0)(lambda x: x.abs().sum())
+        >>> x = torch.tensor([3.0, -2.0], requires_grad=True)
+        >>> loss(x).backward()
+        >>> x.grad.round()
+        tensor([ 1., -1.])
+        >>> loss.replace(method="forward").options.method
+        FORWARD
+    """
 
     def __init__(self, fn: Callable[P, Any], options: Options, habits: Habits | None = None) -> None:
         functools.update_wrapper(self, fn, updated=())
@@ -87,6 +102,14 @@ class ZeroOrderFunction(Generic[P]):
 
         Returns:
             The estimate: value, gradient and all they were made of.
+
+        Raises:
+            NonFiniteError: if a value is nan or infinite, or the gradient overflows.
+            EvaluationError: if ``fn`` raises at a point, or fewer directions survive than ``failures`` asks for. What
+                ``fn`` raises at its arguments themselves goes up as it is.
+            BudgetExceeded: if the evaluations are more than a :class:`~zograd.Tracker` has left.
+            TypeError: if ``fn`` returns no number, or a differentiated tensor is of an unsupported kind.
+            ValueError: if the arguments, the settings and the shapes of the values do not fit together.
         """
         arguments = self._arguments(args, kwargs)
         with _unwatched():
@@ -102,6 +125,10 @@ class ZeroOrderFunction(Generic[P]):
 
         Returns:
             A new decorated function; this one is as before.
+
+        Raises:
+            TypeError: if a name is no setting, or one is of a wrong type.
+            ValueError: if a setting is out of its range.
         """
         return ZeroOrderFunction(self.fn, self.options.replace(**options), self._habits)
 
@@ -384,22 +411,24 @@ def zero_order(
     .. math:: \nabla f_\sigma(\theta) \approx \frac{1}{N \sigma} \sum_{i=1}^{N} \epsilon_i
               \sum_j w_j f(\theta + \sigma c_j \epsilon_i)
 
-    The decorated function returns what ``fn`` returns at its arguments; ``backward()``, ``torch.autograd.grad`` and the
-    torch.func transforms see the estimate. ``fn`` runs in the forward pass only. Without grad mode, or with nothing
-    that requires grad, it is called once and that is all.
+    The :math:`\epsilon_i` are random directions, :math:`c_j` and :math:`w_j` the offsets and weights of ``method``.
+    (For ``Coordinate()``, whose directions are unit vectors, it is d times that.) The decorated function returns what
+    ``fn`` returns at its arguments; ``backward()``, ``torch.autograd.grad`` and the torch.func transforms see the
+    estimate. ``fn`` runs in the forward pass only. Without grad mode, or with nothing that requires grad, it is called
+    once and that is all.
 
     Args:
-        distribution: directions of mean 0 and variance 1 a value: one of :mod:`zograd.distributions`, an object with
-            ``sample(sample_shape=...)``, a function of the shape, or ``torch.distributions.Normal(0, 1)``. None is the
-            standard Gaussian.
+        distribution: directions of mean 0 and variance 1 for each value: one of :mod:`zograd.distributions`, an object
+            with ``sample(sample_shape=...)``, a function of the shape, or ``torch.distributions.Normal(0, 1)``. None is
+            the standard Gaussian.
         method: ``"naive"`` (N + 1 evaluations), ``"forward"`` (N + 1), ``"antithetic"`` (2N + 1), ``"fourth_order"``
             (4N + 1), or a :class:`~zograd.schemes.Scheme`. Naive has no baseline: its variance grows with the square of
             the objective's level.
         argnums: the positional arguments to differentiate, each a tensor or any nested tree; integer and frozen
             (``requires_grad=False``) leaves are left alone. Other arguments, and what ``fn`` closes over, get no
             gradient. For a method, 0 is the argument after ``self``.
-        num_samples: N, the number of directions; or :class:`~zograd.Until` the gradient is good enough; None, for
-            ``Coordinate()`` alone, is every coordinate once.
+        num_samples: N, the number of directions; or an :class:`~zograd.Until`, which takes directions until the
+            gradient is good enough; None, for ``Coordinate()`` alone, is every coordinate once.
         sigma: the radius of the smoothing, in units of the parameters: bias grows with its square, and noise in ``fn``
             is divided by it. A number, or a tree of them in the structure of the differentiated argument.
         evaluator: ``"loop"`` (any ``fn``), ``"vmap"`` (many directions at once, for torch operations),
@@ -426,20 +455,23 @@ def zero_order(
 
     Examples:
         >>> import torch, zograd
-        >>> @zograd.zero_order(method="antithetic", num_samples=500, sigma=0.1, seed=0)
+        >>> generator = torch.Generator().manual_seed(0)  # other directions in each step, the same in each run
+        >>> @zograd.zero_order(method="antithetic", num_samples=100, sigma=1.0, generator=generator)
         ... def loss(x):
         ...     return (x.round() - 3).abs().sum()  # a staircase: its own gradient is zero
         >>> x = torch.zeros(2, requires_grad=True)
         >>> optimizer = torch.optim.SGD([x], lr=0.5)
         >>> for _ in range(10):
         ...     optimizer.zero_grad()
-        ...     loss.replace(sigma=1.0)(x).backward()
+        ...     loss(x).backward()
         ...     optimizer.step()
         >>> x.round().tolist()
         [3.0, 3.0]
 
     References:
-        Salimans et al. (arXiv:1703.03864); Nesterov & Spokoiny (2017); Choromanski et al. (arXiv:1804.02395).
+        Salimans et al., "Evolution strategies as a scalable alternative to reinforcement learning" (arXiv:1703.03864);
+        Nesterov & Spokoiny, "Random gradient-free minimization of convex functions" (2017); Choromanski et al.,
+        "Structured evolution with compact architectures for scalable policy optimization" (arXiv:1804.02395).
     """
     options = Options.make(
         distribution=distribution,

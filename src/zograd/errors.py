@@ -51,7 +51,10 @@ class RankError(RuntimeError):
 
 
 class EvaluationError(RuntimeError):
-    """``fn`` raised at a point of an estimate; what it raised is the cause."""
+    """``fn`` raised at a point of an estimate; what it raised is the cause.
+
+    What it raises at the parameters themselves, as any call of it would, goes up as it is.
+    """
 
 
 class EvaluationTimeout(EvaluationError):

@@ -206,7 +206,7 @@ class ZeroOrderGradientModule(_ZeroOrderModule):
     call. Frozen parameters are not perturbed, tied ones get the gradient of all their uses.
 
     Subclasses define ``forward(self, ...)``, which returns the objective, and ``sample(self, sample_shape)``, which
-    returns directions of that shape with mean 0 and variance 1 a value.
+    returns directions of that shape with mean 0 and variance 1 for each value.
 
     Raises:
         TypeError: when made without ``forward`` or ``sample`` in its class's ancestry.
@@ -230,7 +230,7 @@ class ZeroOrderGradientModule(_ZeroOrderModule):
         [torch.Size([1, 3]), torch.Size([1])]
 
     References:
-        arXiv:1703.03864.
+        Salimans et al., "Evolution strategies as a scalable alternative to reinforcement learning" (arXiv:1703.03864).
     """
 
     zero_order_options: ClassVar[Options] = Options.make(  # type: ignore[misc]
@@ -288,7 +288,7 @@ class ZeroOrder(_ZeroOrderModule):
         module: the module.
         distribution: as in :func:`zograd.zero_order`, like all settings.
         method: the scheme or its name.
-        num_samples: the number of directions; or :class:`~zograd.Until` the gradient is good enough; None, for
+        num_samples: the number of directions; or an :class:`~zograd.Until`; None, for
             ``Coordinate()`` alone, is every coordinate once.
         sigma: the smoothing radius, a number or a dict by parameter name (``"module."`` in front).
         evaluator: how ``forward`` is called on points.

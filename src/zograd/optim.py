@@ -39,7 +39,7 @@ _SEED_BITS = 32  # of a step: what a record holds
 class MeZO(torch.optim.Optimizer):
     r"""Stochastic gradient descent on antithetic estimates, in the memory of inference.
 
-    .. math:: \theta \leftarrow (1 - \eta \lambda) \, \theta - \frac{\eta}{N \sigma} \sum_{i=1}^{N} c_i \epsilon_i,
+    .. math:: \theta \leftarrow (1 - \eta \lambda) \, \theta - \frac{\eta}{N \sigma} \sum_{i=1}^{N} a_i \epsilon_i,
               \qquad c_i = \tfrac12 \left( f(\theta + \sigma \epsilon_i) - f(\theta - \sigma \epsilon_i) \right)
 
     It is the estimator of :func:`zograd.zero_order` with ``method="antithetic"``, without the value at the center: a
@@ -67,8 +67,8 @@ class MeZO(torch.optim.Optimizer):
         records: seed and coefficients of each step, see :func:`replay`.
 
     Raises:
-        TypeError: if a setting is of a wrong type.
-        ValueError: if a setting is out of its range, or the parameters are of an unsupported kind or on two devices.
+        TypeError: if a setting is of a wrong type, or a parameter of an unsupported kind.
+        ValueError: if a setting is out of its range, or the parameters are on two devices.
 
     Examples:
         >>> import torch, zograd
@@ -161,7 +161,9 @@ class MeZO(torch.optim.Optimizer):
             TypeError: without a closure, or if it returns no number.
             ValueError: if it returns several values, or no parameter requires grad.
             NonFiniteError: if it returns a value that is not finite.
+            RuntimeError: if it differentiates the loss, writes to a parameter in place or uses none.
             ReplayError: if the distribution's directions cannot be made again.
+            BudgetExceeded: if the 2N evaluations are more than a :class:`~zograd.Tracker` has left.
         """
         if not callable(closure):
             raise TypeError(

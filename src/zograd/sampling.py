@@ -25,13 +25,14 @@ class Until:
 
     Args:
         snr: the ratio to reach, positive.
-        at_most: the bound on the directions, with which the estimate ends as it is; a budget counts with it.
+        at_most: the bound on the directions, with which the estimate ends as it is; a budget counts with it. It must
+            be given, and be no less than ``at_least``.
         at_least: directions of the first round; more of a family whose directions depend on each other, two whole
             groups.
 
     Raises:
         ValueError: if a number is out of its range, or there is no bound.
-        TypeError: if a number is none.
+        TypeError: if one of them is not a number.
 
     Examples:
         >>> import torch, zograd

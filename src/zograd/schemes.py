@@ -50,10 +50,10 @@ class Scheme:
     Examples:
         >>> Scheme(offsets=(1.0, -1.0), weights=(0.5, -0.5)).order
         2
-        >>> Scheme(offsets=(1.0, -1.0), weights=(1.0, -1.0))
+        >>> Scheme((1.0, -1.0), (1.0, -1.0))
         Traceback (most recent call last):
         ...
-        ValueError: `Scheme(offsets=(1.0, -1.0), weights=(1.0, -1.0))` must have sum(weights * offsets) == 1, got 2.0.
+        ValueError: `Scheme(offsets=..., weights=(1.0, -1.0))` must have sum(weights * offsets) == 1, got 2.0.
 
     References:
         Spall, "Multivariate stochastic approximation using a simultaneous perturbation gradient approximation" (1992);
@@ -89,7 +89,7 @@ class Scheme:
 
     @functools.cached_property
     def sides(self) -> tuple[float, ...]:
-        """The offsets without the center: one evaluation for each of them and each direction."""
+        """The offsets without the center, each of which is one evaluation for each direction."""
         return tuple(c for c in self.offsets if c)
 
     @property
@@ -140,9 +140,15 @@ class Scheme:
 
 
 NAIVE = Scheme((1.0,), (1.0,), name="NAIVE")
+r"""The value itself, :math:`f(\theta + \sigma \epsilon)`; of order 1. Its variance grows with the square of the level
+of ``fn``, which nothing takes off."""
 FORWARD = Scheme((0.0, 1.0), (-1.0, 1.0), name="FORWARD")
+r"""The forward difference, :math:`f(\theta + \sigma \epsilon) - f(\theta)`; of order 1."""
 ANTITHETIC = Scheme((1.0, -1.0), (0.5, -0.5), name="ANTITHETIC")
+r"""The central difference, :math:`\frac12 (f(\theta + \sigma \epsilon) - f(\theta - \sigma \epsilon))`; of order 2."""
 FOURTH_ORDER = Scheme((1.0, -1.0, 2.0, -2.0), (2 / 3, -2 / 3, -1 / 12, 1 / 12), name="FOURTH_ORDER")
+r"""Central differences at one and two steps, :math:`\frac23 (f_1 - f_{-1}) - \frac1{12} (f_2 - f_{-2})` with
+:math:`f_c = f(\theta + c \sigma \epsilon)`; of order 4."""
 
 SCHEMES = {"naive": NAIVE, "forward": FORWARD, "antithetic": ANTITHETIC, "fourth_order": FOURTH_ORDER}
 """The names that ``method=`` accepts."""

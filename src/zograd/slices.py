@@ -29,6 +29,13 @@ class SliceCheck:
         subset_error: the largest difference, beyond rounding and relative to the values' spread, between the values of
             every second slice evaluated alone and among all.
         permutation_error: likewise after a permutation of the slices.
+
+    Examples:
+        >>> import torch, zograd
+        >>> bool(zograd.check_slices(torch.sin, torch.randn(8)))
+        True
+        >>> bool(zograd.check_slices(lambda x: x - x.mean(), torch.randn(8)))
+        False
     """
 
     subset_error: float

@@ -7,7 +7,7 @@ with perturbed parameters, :math:`\theta \pm \sigma \epsilon_{it}` in window t, 
 .. math:: \hat g_t = \frac{1}{2 N \sigma} \sum_{i=1}^{N} \left( w_{it}^+ L_{it}^+ + w_{it}^- L_{it}^- \right)
 
 ======================  =======================================  ====================================  ==============
-estimator               perturbed in window t by                 weighted with                         state of window t
+estimator               perturbed in window t by                 weighted with :math:`w_{it}^+`        state of window t
 ======================  =======================================  ====================================  ==============
 :class:`TruncatedES`    new :math:`\epsilon_{it}`                :math:`\epsilon_{it}`                 the center's
 :class:`PES`            new :math:`\epsilon_{it}`                the sum of them since the episode's   its own
@@ -15,6 +15,8 @@ estimator               perturbed in window t by                 weighted with  
 :class:`NRES`           :math:`\epsilon_i`, the same for the     :math:`\epsilon_i`                    its own
                         whole episode
 ======================  =======================================  ====================================  ==============
+
+:math:`w_{it}^-` is minus :math:`w_{it}^+`, as long as both particles of a pair began their episode together.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def __dir__() -> list[str]:
 class State(TypedDict):
     """Where an unroll stands: a plain dict of tensors, to be saved with ``torch.save`` and gone on with, bit for bit.
 
-    Args:
+    Attributes:
         center: the state at the parameters themselves.
         particles: the states of the particles, each leaf with leading axes (num_samples, 2); None in truncated ES.
         perturbation: what each particle's loss is weighted with, in units of sigma, (num_samples, 2, d): in PES the sum
@@ -157,8 +159,9 @@ class UnrolledEstimator(ABC):
             The state of the unroll.
 
         Raises:
-            TypeError: if the state has a leaf that is no tensor, array or number.
-            ValueError: if ``params`` has nothing to differentiate, or ``offsets`` is no positive number.
+            TypeError: if the state has a leaf that is no tensor, array or number, or ``offsets`` is not an int.
+            ValueError: if ``params`` has nothing to differentiate, ``offsets`` is less than 1, or more in
+                :class:`TruncatedES`, whose particles carry no state.
         """
         _check_offsets(offsets, self.options.call, carries=self._carries)
         setup, arguments, tensors = set_up(self.options, self._fn, params, args)
@@ -195,8 +198,9 @@ class UnrolledEstimator(ABC):
             estimate, and the state after the window.
 
         Raises:
-            TypeError: if the window returns no pair, or ``state`` is none of :meth:`init`.
-            ValueError: if the window changes the structure, a shape or a dtype of its state.
+            TypeError: if the window returns no pair, or ``state`` did not come from :meth:`init`.
+            ValueError: if the window changes the structure, a shape or a dtype of its state, or ``state`` is that of
+                another estimator.
             NonFiniteError: if a loss is nan or infinite.
             SecondDerivativeError: if a second derivative is asked for.
         """
@@ -230,8 +234,8 @@ class UnrolledEstimator(ABC):
             The new state of the unroll.
 
         Raises:
-            TypeError: if ``state`` is none of :meth:`init`, or a mask is not of bools.
-            ValueError: if a mask or ``start`` has a wrong shape.
+            TypeError: if ``state`` did not come from :meth:`init`, or a mask is not of bools.
+            ValueError: if a mask or ``start`` has a wrong shape, or ``state`` is that of another estimator.
 
         Examples:
             >>> import torch, zograd
@@ -339,7 +343,9 @@ class TruncatedES(UnrolledEstimator):
 
     Examples:
         >>> import torch, zograd
-        >>> estimator = zograd.unrolled.TruncatedES(lambda p, s: (s + p, s + p), num_samples=8, sigma=0.1, seed=0)
+        >>> def window(params, state):
+        ...     return state + params, state + params
+        >>> estimator = zograd.unrolled.TruncatedES(window, num_samples=8, sigma=0.1, seed=0)
         >>> params = torch.tensor(1.0, requires_grad=True)
         >>> loss, state = estimator(params, estimator.init(params, 0.0))
         >>> loss

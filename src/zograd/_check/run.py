@@ -83,7 +83,8 @@ def check(
         True
 
     References:
-        Moré & Wild, "Estimating computational noise" (2011), doi:10.1137/100786125; Nesterov & Spokoiny (2017);
+        Moré & Wild, "Estimating computational noise" (2011), doi:10.1137/100786125; Nesterov & Spokoiny,
+        "Random gradient-free minimization of convex functions" (2017);
         arXiv:1905.01332 for the round-off of differences.
     """
     chosen = _checked_settings(argnums, budget, seed)

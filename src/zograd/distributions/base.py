@@ -29,16 +29,16 @@ class Distribution(ABC):
     """
 
     gaussian_marginals: ClassVar[bool] = False
-    """Whether each direction's marginals are standard normal: what Stein's identities rest on."""
+    """Whether each direction's marginals are standard normal, which Stein's identities rest on."""
     independent: ClassVar[bool] = True
-    """Whether directions are independent of each other: what a standard error over directions rests on."""
+    """Whether directions are independent of each other, which a standard error over directions rests on."""
     symmetric: ClassVar[bool] = False
     """Whether, in a family of dependent directions, each may change its sign without the others, as far as their law
-    goes: what a baseline from the others rests on."""
+    goes, which a baseline from the others rests on."""
     parallel: ClassVar[bool] = False
     """Whether ``draw`` may run in a second thread while ``fn`` is evaluated, and gains by it."""
     factored: ClassVar[bool] = False
-    """Whether points have a form that shares the parameters between directions: ``factor`` and ``mirrored``."""
+    """Whether points have a form that shares the parameters between directions, by ``factor`` and ``mirrored``."""
     centered: ClassVar[bool] = True
     """Whether the directions' mean is zero; if not, only a scheme's differences make a gradient."""
     finite: ClassVar[bool] = False
@@ -173,7 +173,20 @@ def fill_tiles(
 
 
 class Dense(Tiled):
-    """A family whose noise is the matrix of its directions; a simple one writes ``fill`` and nothing else."""
+    """A family whose noise is the matrix of its directions; a simple one writes ``fill`` and nothing else.
+
+    ``fill(out, generator)`` fills the vector ``out`` in place with independent values of mean 0 and variance 1, drawn
+    from ``generator``.
+
+    Examples:
+        >>> import torch, zograd
+        >>> class Uniform(zograd.distributions.Dense):
+        ...     def fill(self, out, generator):
+        ...         out.uniform_(-(3**0.5), 3**0.5, generator=generator)
+        >>> loss = zograd.zero_order(Uniform(), method="antithetic", num_samples=1000, seed=0)(lambda x: x.sum())
+        >>> loss.estimate(torch.zeros(2)).grad.round()
+        tensor([1., 1.])
+    """
 
     def width(self, space: Space) -> int:
         """All values of a direction."""

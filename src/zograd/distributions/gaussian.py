@@ -16,7 +16,8 @@ class Gaussian(Dense):
     r"""Directions :math:`\epsilon \sim \mathcal{N}(0, I_d)`, the default.
 
     The estimate then has the mean :math:`\nabla f_\sigma(\theta)`, :math:`f_\sigma(\theta) = \mathbb{E}[f(\theta +
-    \sigma \epsilon)]`, for every ``sigma`` and for any ``fn``, smooth or not.
+    \sigma \epsilon)]`, for every ``sigma`` and for any ``fn``, smooth or not, by schemes with the offsets 0 and ±1;
+    other offsets see other radii, see :class:`~zograd.schemes.Scheme`.
 
     Examples:
         >>> import torch, zograd

@@ -62,7 +62,8 @@ class Guided(Dense):
         >>> slope = torch.linspace(-1, 1, 1000)
         >>> surrogate = slope + 0.5 * torch.randn(1000)
         >>> options = {"method": "antithetic", "num_samples": 20, "sigma": 0.1, "seed": 0}
-        >>> fn = zograd.zero_order(zograd.distributions.Guided(surrogate), **options)(lambda x: (slope * x).sum())
+        >>> family = zograd.distributions.Guided(surrogate)
+        >>> fn = zograd.zero_order(family, **options)(lambda x: (slope * x).sum())
         >>> grad = fn.estimate(torch.zeros(1000)).grad
         >>> torch.cosine_similarity(grad, slope, dim=0) > 0.5  # 0.14 without the surrogate
         tensor(True)

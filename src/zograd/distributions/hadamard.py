@@ -22,7 +22,8 @@ _SIGNS = Rademacher()
 class Hadamard(Dense):
     r"""Rows of the Hadamard matrix of order :math:`n = 2^k \ge d`, in random order and under random signs.
 
-    .. math:: \epsilon_{ij} = H_{\pi(i) j} \, s_j, \qquad H_{ij} = (-1)^{\text{bits of } i \wedge j}, \quad j < d
+    .. math:: \epsilon_{ij} = H_{\pi(i) j} \, s_j, \qquad H_{ij} = (-1)^{\text{number of ones in } i \wedge j},
+              \quad j < d
 
     Every direction is a vector of signs, of length :math:`\sqrt d`. All n of them together have :math:`\frac1n \sum_i
     \epsilon_i \epsilon_i^\top = I`: at N = n an antithetic estimate of a quadratic is exact. Below that they are rows

@@ -53,7 +53,7 @@ class LowRank(Tiled):
 
     Raises:
         TypeError: if ``rank`` is not an int.
-        ValueError: if it is below 1.
+        ValueError: if it is below 1; of an estimate, with ``batch_dim``.
 
     Examples:
         >>> import torch, zograd

@@ -24,7 +24,8 @@ class Orthogonal(Dense):
 
     No direction repeats what another has seen. For every ``fn``, and for naive, forward and antithetic differences
     alike, lengths ``"chi"`` lower the mean squared error of N <= d independent Gaussian directions by :math:`\frac{N -
-    1}{N} \lVert \nabla f_\sigma \rVert^2`, which is nearly all of it at N = d. On a quadratic, antithetic differences
+    1}{N} \lVert \nabla f_\sigma \rVert^2`. That is nearly all of it at N = d for antithetic differences of a smooth
+    ``fn``, and next to nothing of what the level of ``fn`` adds to naive values. On a quadratic, antithetic differences
     have the error :math:`(\frac{d + 2}{N} - 1) \lVert g \rVert^2`, and with lengths ``"sqrt_d"`` :math:`(\frac{d}{N} -
     1) \lVert g \rVert^2`: none at N = d.
 
@@ -48,7 +49,8 @@ class Orthogonal(Dense):
         >>> @zograd.zero_order(family, method="antithetic", num_samples=4, sigma=0.1)
         ... def quadratic(x):
         ...     return (scale * x**2).sum() / 2
-        >>> (quadratic.estimate(torch.ones(4)).grad - scale).abs().max() < 1e-4  # as many directions as parameters
+        >>> grad = quadratic.estimate(torch.ones(4)).grad  # of as many directions as parameters
+        >>> (grad - scale).abs().max() < 1e-4
         tensor(True)
 
     References:

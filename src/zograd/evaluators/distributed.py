@@ -63,12 +63,15 @@ class Distributed(Evaluator):
     Raises:
         TypeError: if a setting is of a wrong type.
         ValueError: if the timeout is not positive, or ``inner`` an unknown name.
+        ReplayError: of an estimate, if the distribution's directions cannot be made again.
 
     Examples:
         >>> import torch, zograd
         >>> import torch.distributed as dist
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: no arguments
-        >>> @zograd.zero_order(num_samples=10, seed=0, evaluator=zograd.evaluators.Distributed(inner="vmap"))
+        >>> alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # nothing under torchrun
+        >>> dist.init_process_group("gloo", **alone)
+        >>> evaluator = zograd.evaluators.Distributed(inner="vmap")
+        >>> @zograd.zero_order(num_samples=10, seed=0, evaluator=evaluator)
         ... def loss(x):
         ...     return x.square().sum()
         >>> loss.estimate(torch.ones(3)).evaluations

@@ -43,8 +43,8 @@ class Journal(Evaluator):
     gradients, bit for bit; ``fn`` is called again only for what was being evaluated at that moment. A value is looked
     up by the contents of all arguments of ``fn``, the settings, the seed and the point, so a file can serve a whole
     run, and whatever differs is evaluated. Of what ``fn`` reads elsewhere, its closure and the globals it names count
-    as far as they are numbers, texts, tensors, arrays, functions or modules; what those call does not. ``fn`` and the
-    versions of zograd, torch and Python are in the file's header, and another one is refused.
+    as far as they are numbers, texts, tensors, arrays, functions or modules; what those call in turn does not count.
+    ``fn`` and the versions of zograd, torch and Python are in the file's header, and another one is refused.
 
     The file is an sqlite database on a local disk (a network file system may lack the locks it needs), safe against
     ``kill -9`` and for several processes at once. It holds plain numbers: reading one from elsewhere runs no code.
@@ -64,6 +64,9 @@ class Journal(Evaluator):
     Raises:
         TypeError: if a setting is of a wrong type.
         ValueError: if ``inner`` is an unknown name.
+        JournalError: of an estimate, if the file is of another program or version, is damaged, or an argument of ``fn``
+            has no digest.
+        ReplayError: of an estimate, if the distribution's directions cannot be made again.
 
     Examples:
         >>> import pathlib, tempfile, torch, zograd

@@ -57,6 +57,10 @@ class Pool(Evaluator):
     Raises:
         TypeError: if a setting is of a wrong type.
         ValueError: if one is out of its range.
+        WorkerError: of an estimate, if a worker dies for good, or ``fn`` or a value cannot be sent.
+        DeterminismError: of an estimate, if a worker has another torch or makes other points.
+        EvaluationTimeout: of an estimate, if an evaluation takes longer than ``timeout``.
+        ReplayError: of an estimate, if the distribution's directions cannot be made again.
 
     Examples:
         >>> import torch, zograd

@@ -32,7 +32,7 @@ class Vmap(Evaluator):
 
     Raises:
         TypeError: if ``chunk_size`` is not an int, or ``prefetch`` neither a bool nor None.
-        ValueError: if it is below 1.
+        ValueError: if ``chunk_size`` is below 1.
 
     Examples:
         >>> import torch, zograd
