@@ -348,6 +348,20 @@ def test_values_that_are_not_finite_are_evaluated_again(path):
     assert estimate.evaluations == fn.calls == 3  # the one that failed, and what came after
 
 
+def test_values_that_ended_an_estimate_are_evaluated_again_by_the_policy_that_refused_them(path):
+    bad = [True]
+    settings = {"num_samples": 10, "seed": 0, "failures": zograd.failures.Drop(min_success=0.9)}
+    journaled = zero_order(**settings, evaluator=Journal("loop", path, key=lambda x: 0))(
+        lambda x: x.sum() * (math.nan if bad[0] and x[0] > 0.3 else 1.0)
+    )
+    with pytest.raises(zograd.EvaluationError, match=r"`Drop\(min_success=0.9\)`"):
+        journaled.estimate(X)
+    bad[0] = False
+    found = journaled.estimate(X)
+    assert found.failures == 0
+    assert torch.equal(found.grad, zero_order(num_samples=10, seed=0)(lambda x: x.sum()).estimate(X).grad)
+
+
 def test_values_that_are_not_finite_and_were_accepted_are_kept(path):
     class Accepting(Evaluator):
         """Looks at the values that the policy accepts, and has them take no part."""

@@ -199,6 +199,29 @@ def test_a_budget_holds_over_threads():
     assert (t.estimates, len(refused)) == (9, 11)
 
 
+def test_a_running_estimate_has_its_evaluations_set_aside():
+    """Else two that run side by side would each find room in what is left, and together pass the budget."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(x):
+        begun.set()
+        assert go_on.wait(timeout=60)
+        return x.sum()
+
+    running, other = zero_order(num_samples=20)(slow), zero_order(num_samples=20)(lambda x: x.sum())
+    with zograd.Tracker(budget=30) as t:
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(running.estimate, X))
+        thread.start()
+        assert begun.wait(timeout=60)
+        try:
+            with pytest.raises(zograd.BudgetExceeded, match="takes 21 evaluations, and 9 are left; 1 were made"):
+                other.estimate(X)
+        finally:
+            go_on.set()
+            thread.join(timeout=60)
+    assert (t.evaluations, t.estimates) == (21, 1)
+
+
 # -------------------------------------------------------------------------------------------------- nesting, threads
 
 
