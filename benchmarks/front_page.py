@@ -55,8 +55,8 @@ def speed():
     machine = report["machine"]
     return (
         table(["workload", "zograd", *PEERS], rows)
-        + f"\n\nTheir time over zograd's: above 1 zograd is faster. One thread, {machine['processor']}, torch "
-        f"{machine['torch'].partition('+')[0]}; `make bench`."
+        + f"\n\nTheir time over zograd's: above 1 zograd is faster. One thread, two for 'second core'; "
+        f"{machine['processor']}, torch {machine['torch'].partition('+')[0]}; `make bench`."
     )
 
 
