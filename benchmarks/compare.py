@@ -121,13 +121,13 @@ def picture(results, path):
             1.06 * max(ratio, target or 0), k, f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}", va="center", fontsize=8
         )
         if target:
-            axes.plot([target, target], [k - 0.38, k + 0.38], color="tab:orange", label="the aim" if k == 0 else None)
-    axes.legend(loc="lower right", frameon=False)
+            label = "the project's own aim" if k == 0 else None
+            axes.plot([target, target], [k - 0.38, k + 0.38], color="tab:orange", label=label)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xlim(0.4, 2 * max(b[1] for b in bars))
     axes.set_ylim(-0.6, len(bars) - 0.4)
-    axes.set_xlabel("TorchOpt's time over zograd's, antithetic, the same N, one thread")
+    axes.set_xlabel("TorchOpt's time over zograd's, antithetic, the same N;\none thread but for \"second core\"")
     axes.tick_params(axis="y", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)

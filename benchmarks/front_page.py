@@ -55,8 +55,8 @@ def speed():
     machine = report["machine"]
     return (
         table(["workload", "zograd", *PEERS], rows)
-        + f"\n\nTheir time over zograd's: above 1 zograd is faster. One thread, {machine['processor']}, torch "
-        f"{machine['torch'].partition('+')[0]}; `make bench`."
+        + f"\n\nTheir time over zograd's: above 1 zograd is faster. One thread, two for 'second core'; "
+        f"{machine['processor']}, torch {machine['torch'].partition('+')[0]}; `make bench`."
     )
 
 
@@ -72,7 +72,7 @@ def evaluations():
         rows.append([name, *(f"{2 * num:,}" if num else "" for num in nums)])
     return (
         table(["evaluations for a cosine of 0.9", *(result["problem"] for result in report["problems"].values())], rows)
-        + "\n\n`make bench-statistics`; antithetic differences throughout."
+        + "\n\n`make bench-statistics`; antithetic differences throughout. Empty cells were not measured."
     )
 
 
@@ -86,10 +86,17 @@ def descent():
         cells = []
         for row in found:
             some = row["descent"].get(name, [])
-            medians = [f"{entry['median']:,.0f}" if entry["median"] else "not reached" for entry in some]
-            cells += medians + [""] * (len(row["descent"][names[0]]) - len(some))
+            cells += [reached(entry) for entry in some] + [""] * (len(row["descent"][names[0]]) - len(some))
         rows.append([name, *cells])
     return table(["evaluations to a target loss, by Adam", *head], rows)
+
+
+def reached(entry):
+    """The median over the seeds, and how many of them never got there, which a median does not show."""
+    never = entry["evaluations"].count(None)
+    if entry["median"] is None:
+        return "not reached"
+    return f"{entry['median']:,.0f}" + (f" ({never} of {len(entry['evaluations'])} never)" if never else "")
 
 
 def reproductions():

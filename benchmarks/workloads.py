@@ -91,7 +91,7 @@ def transformer(device, num=8):
     def loss(ps):
         return torch.func.functional_call(module, dict(zip(names, ps, strict=True)), (tokens,))
 
-    return Workload("transformer, 10.5M", loss, params, num, module, (tokens,))
+    return Workload(f"transformer, 10.5M parameters, N = {num}", loss, params, num, module, (tokens,))
 
 
 WORKLOADS = {
@@ -101,6 +101,6 @@ WORKLOADS = {
     "one": lambda device: quadratic(device, 10, num=1),
     "small100": lambda device: mlp(device, (8, 64, 64, 10), 32, 100, "MLP 64-64, N = 100"),
     "small1000": lambda device: mlp(device, (8, 64, 64, 10), 32, 1000, "MLP 64-64, N = 1000"),
-    "large": lambda device: mlp(device, (512, 1024, 512, 10), 64, 32, "MLP, 1.05M"),
+    "large": lambda device: mlp(device, (512, 1024, 512, 10), 64, 32, "MLP, 1.05M parameters, N = 32"),
     "transformer": transformer,
 }

@@ -35,7 +35,8 @@ def main():
             fn = zograd.zero_order(num_samples=num, seed=0, evaluator=pool)(sleeps)
             fn.replace(num_samples=8).estimate(torch.ones(3), seconds)
             best = max(share(fn, seconds) for _ in range(given.count))
-            counts[f"at {seconds * 1000:g} ms, {batch} points a task"] = round(best, 2)
+            asked = f" (at least {aim})" if aim else ""
+            counts[f"at {seconds * 1000:g} ms, {batch} point{'s' * (batch > 1)} a task{asked}"] = round(best, 2)
             wrong += best < aim
     return write(given, "efficiency of two workers", counts, wrong, started)
 

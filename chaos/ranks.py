@@ -24,6 +24,7 @@ import zograd
 from zograd.evaluators import Distributed
 
 TIMEOUT, DEADLINE = 20.0, 900.0  # seconds: of an exchange, and of a group of ranks
+NAMED = "survivors that named it within the timeout"
 FAULTS = ["raise", "exit", "none", "shape", "seed", "parameters"]
 OUTS = {
     "number": lambda x: float(x.sum().sin()),
@@ -150,7 +151,7 @@ def main():
     """
     given = arguments(__doc__, 300, "estimates for each number of ranks")
     started = time.perf_counter()
-    names = ["estimates", "same bits", "named errors", "ranks killed", "named within the timeout", "hangs"]
+    names = ["estimates", "same bits", "named errors", "ranks killed", NAMED, "hangs"]
     counts, wrong = dict.fromkeys(names, 0), 0
     for ranks in (2, 3):
         seen = run_group(ranks, given.seed, given.count)
@@ -171,7 +172,7 @@ def main():
         survivors = [(kind, seconds) for _, kind, seconds in seen if kind is not None]
         timely = [kind == "RankError" and seconds < TIMEOUT + 10 for kind, seconds in survivors]
         counts["ranks killed"] += 1
-        counts["named within the timeout"] += sum(timely)
+        counts[NAMED] += sum(timely)
         wrong += len(timely) != ranks - 1 or not all(timely)
     return write(given, "1, 2 and 3 ranks: the same bits, or one named error on all", counts, wrong, started)
 

@@ -33,22 +33,22 @@ def executors(stack, chance, count):
     Returns:
         The pools.
     """
-    pools = {"shuffled": Pool(Shuffled(chance, 4))}
+    pools = {"4 in random order": Pool(Shuffled(chance, 4))}
     for workers in (1, 2, 4, 16):
         threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(workers))
-        pools[f"{workers} threads"] = Pool(threads)
+        pools[f"{workers} thread{'s' * (workers > 1)}"] = Pool(threads)
         if workers < 16 or count >= 500:
-            pools[f"{workers} processes"] = stack.enter_context(Pool(processes(workers)))
+            pools[f"{workers} process{'es' * (workers > 1)}"] = stack.enter_context(Pool(processes(workers)))
     if count >= 500 and importlib.util.find_spec("loky"):
         import loky
 
-        pools["2 loky"] = stack.enter_context(Pool(lambda: loky.get_reusable_executor(2)))
+        pools["2 workers of loky"] = stack.enter_context(Pool(lambda: loky.get_reusable_executor(2)))
     if count >= 500 and importlib.util.find_spec("distributed"):
         from dask.distributed import Client, LocalCluster
 
         settings = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "silence_logs": logging.ERROR}
         cluster = stack.enter_context(LocalCluster(**settings))
-        pools["2 dask"] = Pool(stack.enter_context(Client(cluster)).get_executor())
+        pools["2 workers of dask"] = Pool(stack.enter_context(Client(cluster)).get_executor())
     return pools
 
 

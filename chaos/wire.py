@@ -54,7 +54,7 @@ def main():
             wrong += len(jobs) > 2 * 2 or sum(jobs) > len(jobs) * (4 * size + 8000)
             wrong += max(tasks, default=0) > TASK or max(weighing.back) > ANSWER + 8 * BATCH
             counts[f"kB for {num} directions of {size} parameters"] = round(sum(weighing.out) / 1000)
-            counts[f"times the parameters at {size}"] = len(jobs)
+            counts[f"sends of the {size} parameters"] = len(jobs)
     counts["directions at the smallest size"] = given.count
     return write(given, "bytes over the wire: the job once a worker, 8 a value", counts, wrong, started)
 
