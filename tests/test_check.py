@@ -524,6 +524,15 @@ def test_the_table_and_the_picture():
     matplotlib.pyplot.close("all")
 
 
+def test_the_table_names_the_sigma_that_the_others_are_compared_with():
+    report = check(lambda x: float(smooth(x)), X)  # autograd has no say
+    compared = [k for k, radius in enumerate(report.sweep) if radius.bias_limit == 0]
+    rows = [line.partition("sigma ")[2] for line in str(report).splitlines() if "deviation of one" in line]
+    assert len(compared) == 1
+    assert [k for k, row in enumerate(rows) if "reference" in row] == compared
+    assert "reference" not in str(check(smooth, X))
+
+
 def test_it_is_reproducible():
     first, again = check(smooth, X, seed=5), check(smooth, X, seed=5)
     assert first.sweep == again.sweep

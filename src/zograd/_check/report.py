@@ -124,7 +124,8 @@ class CheckReport:
         rows = [("beside autograd", truth), ("round-off limit", f"sigma = {self.roundoff_sigma:.2g}")]
         if self.noise_sigma:
             rows.append(("noise limit", f"sigma = {self.noise_sigma:.2g}"))
-        return rows + [("" if k else "bias, deviation", _line(radius)) for k, radius in enumerate(self.sweep)]
+        lines = [_line(radius, a.differentiable) for radius in self.sweep]
+        return rows + [("" if k else "bias, deviation", line) for k, line in enumerate(lines)]
 
     def _about_settings(self) -> list[tuple[str, str]]:
         s = self.suggestion
@@ -198,13 +199,15 @@ def _seconds(value: float) -> str:
     return f"{value * 1e9:.3g} ns"
 
 
-def _line(radius: Radius) -> str:
+def _line(radius: Radius, differentiable: bool) -> str:
     if radius.error is not None:
         return f"sigma {radius.sigma:<8.2g} {_short(radius.error)}"
     if math.isnan(radius.bias):
         return f"sigma {radius.sigma:<8.2g} no gradient shows above the noise"
-    bias = f"{radius.bias:.1e}" if radius.bias > 0 else f"below {radius.bias_limit:.1e}"
-    return f"sigma {radius.sigma:<8.2g} bias {bias}, deviation of one direction {radius.deviation:.2g}"
+    bias = f"bias {radius.bias:.1e}" if radius.bias > 0 else f"bias below {radius.bias_limit:.1e}"
+    if radius.bias_limit == 0:  # what the others are compared with, where autograd gives no gradient
+        bias = "bias 0" if differentiable else "reference"
+    return f"sigma {radius.sigma:<8.2g} {bias}, deviation of one direction {radius.deviation:.2g}"
 
 
 def _need(need: Need) -> str:
