@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import textwrap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,7 @@ class CheckReport:
     def __str__(self) -> str:
         rows = [*self._about_calls(), *self._about_gradients(), *self._about_settings()]
         rows += [("PROBLEM", text) for text in self.problems] + [("note", text) for text in self.notes]
+        rows = [(label if line == 0 else "", part) for label, text in rows for line, part in enumerate(_lines(text))]
         return table(f"{self.name}: {self.dim} parameters, {self.evaluations} evaluations", rows)
 
     def __repr__(self) -> str:
@@ -185,6 +187,11 @@ def _limits(ax: Any, report: CheckReport) -> None:
     ):
         if at:
             ax.axvline(at, ls="--", color=color, label=text)
+
+
+def _lines(text: str) -> list[str]:
+    """Lines that leave the table a hundred characters wide, the further ones indented."""
+    return textwrap.wrap(text, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _short(text: str | None) -> str:
