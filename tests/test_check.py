@@ -515,13 +515,23 @@ def test_the_table_and_the_picture():
     assert "\n" not in repr(report)
     for word in ("deterministic", "pickles", "noise floor", "round-off limit", "SUGGESTED", "N for cosine 0.9"):
         assert word in text
-    assert all(len(line) < 140 for line in text.splitlines())
+    hidden = str(check(lambda x: sum(float(value) for value in x), X))  # whose reasons are longer
+    assert all(len(line) <= 100 for line in (*text.splitlines(), *hidden.splitlines()))
     axes = report.plot()
     assert axes.get_xscale() == axes.get_yscale() == "log"
     labels = axes.get_legend_handles_labels()[1]
     assert {"bias", "round-off limit", "suggested"} <= set(labels)
     assert report.plot(axes) is axes
     matplotlib.pyplot.close("all")
+
+
+def test_the_table_names_the_sigma_that_the_others_are_compared_with():
+    report = check(lambda x: float(smooth(x)), X)  # autograd has no say
+    compared = [k for k, radius in enumerate(report.sweep) if radius.bias_limit == 0]
+    rows = [line.partition("sigma ")[2] for line in str(report).splitlines() if "deviation of one" in line]
+    assert len(compared) == 1
+    assert [k for k, row in enumerate(rows) if "reference" in row] == compared
+    assert "reference" not in str(check(smooth, X))
 
 
 def test_it_is_reproducible():

@@ -98,9 +98,15 @@ def figure(value):
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def deviation(value):
+    """A number with two significant digits, without an exponent where it is large."""
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.2g}"
+
+
 def here(row):
     """Mean and standard deviation over the seeds."""
-    return figure(row["mean"]) + ("" if row["spread"] is None else f" ± {row['spread']:.2g}")
+    return figure(row["mean"]) + ("" if row["spread"] is None else f" ± {deviation(row['spread'])}")
 
 
 def table(rows):

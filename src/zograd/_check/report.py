@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import textwrap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,7 @@ class CheckReport:
     def __str__(self) -> str:
         rows = [*self._about_calls(), *self._about_gradients(), *self._about_settings()]
         rows += [("PROBLEM", text) for text in self.problems] + [("note", text) for text in self.notes]
+        rows = [(label if line == 0 else "", part) for label, text in rows for line, part in enumerate(_lines(text))]
         return table(f"{self.name}: {self.dim} parameters, {self.evaluations} evaluations", rows)
 
     def __repr__(self) -> str:
@@ -124,7 +126,8 @@ class CheckReport:
         rows = [("beside autograd", truth), ("round-off limit", f"sigma = {self.roundoff_sigma:.2g}")]
         if self.noise_sigma:
             rows.append(("noise limit", f"sigma = {self.noise_sigma:.2g}"))
-        return rows + [("" if k else "bias, deviation", _line(radius)) for k, radius in enumerate(self.sweep)]
+        lines = [_line(radius, a.differentiable) for radius in self.sweep]
+        return rows + [("" if k else "bias, deviation", line) for k, line in enumerate(lines)]
 
     def _about_settings(self) -> list[tuple[str, str]]:
         s = self.suggestion
@@ -186,6 +189,11 @@ def _limits(ax: Any, report: CheckReport) -> None:
             ax.axvline(at, ls="--", color=color, label=text)
 
 
+def _lines(text: str) -> list[str]:
+    """Lines that leave the table a hundred characters wide, the further ones indented."""
+    return textwrap.wrap(text, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
 def _short(text: str | None) -> str:
     line = (text or "").strip().split("\n")[0]
     return line if len(line) <= 88 else f"{line[:85]}..."
@@ -198,13 +206,15 @@ def _seconds(value: float) -> str:
     return f"{value * 1e9:.3g} ns"
 
 
-def _line(radius: Radius) -> str:
+def _line(radius: Radius, differentiable: bool) -> str:
     if radius.error is not None:
         return f"sigma {radius.sigma:<8.2g} {_short(radius.error)}"
     if math.isnan(radius.bias):
         return f"sigma {radius.sigma:<8.2g} no gradient shows above the noise"
-    bias = f"{radius.bias:.1e}" if radius.bias > 0 else f"below {radius.bias_limit:.1e}"
-    return f"sigma {radius.sigma:<8.2g} bias {bias}, deviation of one direction {radius.deviation:.2g}"
+    bias = f"bias {radius.bias:.1e}" if radius.bias > 0 else f"bias below {radius.bias_limit:.1e}"
+    if radius.bias_limit == 0:  # what the others are compared with, where autograd gives no gradient
+        bias = "bias 0" if differentiable else "reference"
+    return f"sigma {radius.sigma:<8.2g} {bias}, deviation of one direction {radius.deviation:.2g}"
 
 
 def _need(need: Need) -> str:
