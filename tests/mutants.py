@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_FAILED = 1  # pytest's exit status; 2 and above mean that it did not get to run them
-SECONDS = 600  # for the tests of one; the slowest file takes one minute
+SECONDS = 300  # for the tests of one; the slowest file takes one minute
 
 
 @dataclass(frozen=True)
