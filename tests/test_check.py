@@ -206,7 +206,8 @@ def slow(x):
     return float(x.sum())
 
 
-def test_a_fast_one_of_torch_operations_is_for_vmap():
+def test_a_fast_one_of_torch_operations_is_for_vmap(monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", time.thread_time)  # what others do on this machine is not asked here
     assert check(smooth, X).suggestion.evaluator == "vmap"
 
 

@@ -77,8 +77,8 @@ def check(
     Examples:
         >>> import torch, zograd
         >>> report = zograd.check(lambda x: (x.sin() + x).sum(), torch.linspace(0, 1, 10))
-        >>> report.calls.deterministic, report.pickling.works, report.suggestion.evaluator
-        (True, False, 'vmap')
+        >>> report.calls.deterministic, report.pickling.works, report.vectorized.works
+        (True, False, True)
         >>> 30 < report.suggestion.num_samples < 70  # 4.26 (d + 1) for a smooth function
         True
 
