@@ -374,6 +374,12 @@ def test_a_leaf_of_a_kind_that_has_no_directions(make, named, beside):
     refuses(TypeError, "`zero_order(argnums=(0,))`", "dense and real", named, "(3", call=use, estimate=ask)
 
 
+def test_a_leaf_of_eight_bits():
+    x = torch.ones(3).to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=said("dense and real", "a tensor of torch.float8_e4m3fn", "(3,)")):
+        zero_order(sigma=20.0)(lambda x: x.float().sum()).estimate(x)
+
+
 @pytest.mark.filterwarnings("ignore:.*quantize.*")
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a plain one"])
 def test_a_quantized_leaf(beside):
@@ -699,9 +705,10 @@ def test_many_that_are_not_finite_are_not_all_listed():
         decorated.estimate(torch.zeros(2))
 
 
-def test_a_penalty_that_single_precision_cannot_hold():
+@pytest.mark.parametrize("num", [1, 4])
+def test_a_penalty_that_single_precision_cannot_hold(num):
     # Finite where fn computed it, infinite in the gradient.
-    decorated = zero_order(num_samples=4, seed=0)(lambda x: 1e300 if x[0] != 0 else 1.0)
+    decorated = zero_order(num_samples=num, seed=0)(lambda x: 1e300 if x[0] != 0 else 1.0)
     with pytest.raises(zograd.NonFiniteError, match=said("float32")):
         decorated.estimate(torch.zeros(1))
 

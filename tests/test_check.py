@@ -533,6 +533,8 @@ def test_the_table_names_the_sigma_that_the_others_are_compared_with():
     assert len(compared) == 1
     assert [k for k, row in enumerate(rows) if "reference" in row] == compared
     assert "reference" not in str(check(smooth, X))
+    exact = check(lambda x: float(x.detach().sum()), torch.zeros(1, dtype=torch.float64))  # equal at many sigmas
+    assert str(exact).count("reference") == sum(radius.is_reference for radius in exact.sweep) == 1
 
 
 def test_it_is_reproducible():

@@ -272,6 +272,8 @@ def test_what_chance_fails_does_not_move_the_mean():
         (lambda: Retry(1.0), TypeError, r"`Retry\(times=...\)` must be an int, got float 1.0"),
         (lambda: Retry(True), TypeError, r"`Retry\(times=...\)` must be an int, got bool True"),
         (lambda: Retry(1, then="drop"), ValueError, r"`Retry\(then=...\)` must be 'raise' or a Drop, got 'drop'"),
+        (lambda: Retry(1, then=3), TypeError, r"`Retry\(then=...\)` must be 'raise' or a Drop, got int 3"),
+        (lambda: Retry(1, then=Drop), TypeError, r"`Retry\(then=...\)` .*, got the class: add `\(\)`"),
         (lambda: Drop(0), ValueError, r"`Drop\(min_success=...\)` must lie above 0 and be at most 1, got 0"),
         (lambda: Drop(1.1), ValueError, r"`Drop\(min_success=...\)` must lie above 0 and be at most 1, got 1.1"),
         (lambda: Drop(float("nan")), ValueError, r"must lie above 0 and be at most 1, got nan"),

@@ -716,7 +716,12 @@ BAD = {
     "another's": (
         lambda: PES(fine)(torch.ones(2), TruncatedES(fine).init(torch.ones(2), 0.0)),
         ValueError,
-        "the state is that of another kind of estimator",
+        "the state is that of another estimator, `TruncatedES`",
+    ),
+    "another's with particles": (
+        lambda: NRES(fine)(torch.ones(2), PES(fine).init(torch.ones(2), 0.0)),
+        ValueError,
+        "`NRES(params, state)`: the state is that of another estimator, `PES`",
     ),
     "other num_samples": (
         lambda: PES(fine, 3)(torch.ones(2), PES(fine, 2).init(torch.ones(2), 0.0)),

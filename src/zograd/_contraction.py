@@ -16,6 +16,8 @@ __all__ = ["Coefficients", "Contraction", "by_slice", "contract", "from_slices",
 
 Coefficients: TypeAlias = "torch.Tensor | list[float]"
 
+_FITS = torch.finfo(torch.float32).max  # into every dtype that sums are made in
+
 
 class Contraction:
     """The weighted mean of directions, ``mean_i c_i eps_i / sigma``, by fixed blocks in order.
@@ -39,7 +41,8 @@ class Contraction:
     def add(self, coefficients: Coefficients) -> None:
         """Take the coefficients of the next directions, one for each slice, and sum every block that is whole now."""
         d, space = self._directions, self._space
-        if isinstance(coefficients, list) and len(coefficients) == 1:  # without a list to be looked through
+        if isinstance(coefficients, list) and len(coefficients) == 1 and abs(coefficients[0]) < _FITS:
+            # Without a list to be looked through; it raises where a tensor of too large a number is infinite.
             c = torch.full((1, 1), coefficients[0], dtype=space.dtype, device=space.device)
         elif isinstance(coefficients, list):
             c = torch.tensor(coefficients, dtype=space.dtype, device=space.device).view(-1, 1)

@@ -170,11 +170,12 @@ class Estimate:
                   (a_i \epsilon_i / \sigma - \hat g) \right)^2
 
         The coefficients :math:`a_i` are those of ``coefficients`` (times d for ``Coordinate()``, whose estimate is d
-        times a mean). The sums run over B groups of directions that do not depend on each other: single directions, or
-        whole blocks of ``Orthogonal()``, ``Hadamard()``, ``Sobol()`` and ``Coordinate()``. For ``centered_ranks`` and
-        ``standardize`` it is a jackknife over up to 32 parts. It is the error about the mean of the estimate, the
-        gradient of the *smoothed* function; the bias of a large ``sigma`` does not show in it. The target lies within
-        two standard errors in about 95 % of the entries; with fewer than about 20 groups in less.
+        times a mean), N counts the directions that were not dropped, and a surrogate's part is in each term. The sums
+        run over B groups of directions that do not depend on each other: single directions, or whole blocks of
+        ``Orthogonal()``, ``Hadamard()``, ``Sobol()`` and ``Coordinate()``. For ``centered_ranks`` and ``standardize``
+        it is a jackknife over up to 32 parts. It is the error about the mean of the estimate, the gradient of the
+        *smoothed* function; the bias of a large ``sigma`` does not show in it. The target lies within two standard
+        errors in about 95 % of the entries; with fewer than about 20 groups in less.
 
         Returns:
             Tensors in the structure of ``grad``.

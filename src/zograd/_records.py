@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from zograd._tree import Leaves
 
-__all__ = ["Group", "Records"]
+__all__ = ["Group", "Records", "append"]
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,13 @@ class Records:
         """
         return cls.from_state_dict(torch.load(path, weights_only=True))
 
-    def append(self, seed: int, coefficients: list[float], groups: list[Group], params: Leaves) -> None:
-        """Write one step down; the settings only if they changed."""
-        if not self.double and any(p.dtype == torch.float64 for p in params):  # a group of them may come later
-            self.double, self.coefficients = True, array("d", self.coefficients)
-        if not self.changes or self.changes[-1][1] != groups:
-            self.changes.append((len(self), groups))
-            self.shapes = [tuple(p.shape) for p in params]
-        self.seeds.append(seed)
-        self.coefficients.extend(coefficients)
+
+def append(records: Records, seed: int, coefficients: list[float], groups: list[Group], params: Leaves) -> None:
+    """Write one step down; the settings only if they changed."""
+    if not records.double and any(p.dtype == torch.float64 for p in params):  # a group of them may come later
+        records.double, records.coefficients = True, array("d", records.coefficients)
+    if not records.changes or records.changes[-1][1] != groups:
+        records.changes.append((len(records), groups))
+        records.shapes = [tuple(p.shape) for p in params]
+    records.seeds.append(seed)
+    records.coefficients.extend(coefficients)

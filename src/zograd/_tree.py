@@ -197,6 +197,8 @@ def unsupported(p: torch.Tensor) -> str | None:
         return f"a sparse tensor ({p.layout})"
     if p.is_quantized:
         return f"a quantized tensor ({p.dtype})"
+    if p.is_floating_point() and p.dtype.itemsize == 1:  # which torch computes nothing with
+        return f"a tensor of {p.dtype}"
     if p.is_meta:
         return "a meta tensor (without values)"
     if hasattr(p, "device_mesh"):

@@ -106,7 +106,7 @@ class ZeroOrderFunction(Generic[P]):
         Raises:
             NonFiniteError: if a value is nan or infinite, or the gradient overflows.
             EvaluationError: if ``fn`` raises at a point, or fewer directions survive than ``failures`` asks for. What
-                ``fn`` raises at its arguments themselves goes up as it is.
+                ``fn`` raises at its arguments themselves, or under ``"vmap"``, goes up as it is.
             BudgetExceeded: if the evaluations are more than a :class:`~zograd.Tracker` has left.
             TypeError: if ``fn`` returns no number, or a differentiated tensor is of an unsupported kind.
             ValueError: if the arguments, the settings and the shapes of the values do not fit together.

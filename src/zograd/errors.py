@@ -53,7 +53,8 @@ class RankError(RuntimeError):
 class EvaluationError(RuntimeError):
     """``fn`` raised at a point of an estimate; what it raised is the cause.
 
-    What it raises at the parameters themselves, as any call of it would, goes up as it is.
+    What it raises at the parameters themselves, as any call of it would, goes up as it is, and so does what it raises
+    in a call for many points under ``evaluator="vmap"``.
     """
 
 

@@ -109,10 +109,13 @@ class Retry:
             raise TypeError(f"`Retry(times=...)` must be an int, got {type(self.times).__name__} {self.times!r:.80}.")
         if self.times < 1:
             raise ValueError(f"`Retry(times=...)` must be at least 1, got {self.times}.")
-        if not isinstance(self.then, (Drop, str)):
-            raise TypeError(f"`Retry(then=...)` must be 'raise' or a Drop, got {self.then!r:.80}.")
-        if isinstance(self.then, str) and self.then != "raise":
-            raise ValueError(f"`Retry(then=...)` must be 'raise' or a Drop, got {self.then!r:.80}.")
+        then: Any = self.then
+        if isinstance(then, Drop) or then == "raise":
+            return
+        if isinstance(then, str):
+            raise ValueError(f"`Retry(then=...)` must be 'raise' or a Drop, got {then!r}.")
+        got = "the class: add `()`" if then is Drop else f"{type(then).__name__} {then!r:.80}"
+        raise TypeError(f"`Retry(then=...)` must be 'raise' or a Drop, got {got}.")
 
 
 Failures: TypeAlias = "str | Retry | Drop"

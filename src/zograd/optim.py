@@ -14,7 +14,7 @@ from zograd._objective import as_tensor, wants_grad
 from zograd._overlay import Overlay
 from zograd._points import Directions
 from zograd._random import FnStream, derive, draw_seed
-from zograd._records import Group, Records
+from zograd._records import Group, Records, append
 from zograd._refusals import check_radii, warn_below_resolution
 from zograd._tree import Leaves, Space, unsupported
 from zograd.distributions.adapter import adapt
@@ -40,7 +40,7 @@ class MeZO(torch.optim.Optimizer):
     r"""Stochastic gradient descent on antithetic estimates, in the memory of inference.
 
     .. math:: \theta \leftarrow (1 - \eta \lambda) \, \theta - \frac{\eta}{N \sigma} \sum_{i=1}^{N} a_i \epsilon_i,
-              \qquad c_i = \tfrac12 \left( f(\theta + \sigma \epsilon_i) - f(\theta - \sigma \epsilon_i) \right)
+              \qquad a_i = \tfrac12 \left( f(\theta + \sigma \epsilon_i) - f(\theta - \sigma \epsilon_i) \right)
 
     It is the estimator of :func:`zograd.zero_order` with ``method="antithetic"``, without the value at the center: a
     step has the bits of ``torch.optim.SGD`` on that gradient. The closure runs 2N times, and each parameter is replaced
@@ -68,7 +68,7 @@ class MeZO(torch.optim.Optimizer):
 
     Raises:
         TypeError: if a setting is of a wrong type, or a parameter of an unsupported kind.
-        ValueError: if a setting is out of its range, or the parameters are on two devices.
+        ValueError: if a setting is out of its range, or the parameters are on two devices or share memory (expanded).
 
     Examples:
         >>> import torch, zograd
@@ -213,7 +213,7 @@ class MeZO(torch.optim.Optimizer):
                 f"have differences beyond the range of {dtype}; the parameters are as before the step. Scale the loss."
             )
         update(params, groups, directions, coefficients)
-        self.records.append(directions.seed, coefficients, groups, params)
+        append(self.records, directions.seed, coefficients, groups, params)
         return torch.tensor(values, dtype=torch.float64).mean().to(dtype)
 
     def _params(self) -> Leaves:

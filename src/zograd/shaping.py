@@ -32,8 +32,8 @@ def __dir__() -> list[str]:
 
 
 Shaping: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
-"""What ``shaping=`` accepts, a function from the values of all directions, of shape (directions, sides), to numbers of
-that shape which take their place."""
+"""What ``shaping=`` accepts, a function from the values of all directions (those not dropped), of shape (directions,
+sides), to numbers of that shape which take their place."""
 
 
 def leave_one_out(values: torch.Tensor) -> torch.Tensor:

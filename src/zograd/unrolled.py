@@ -48,10 +48,14 @@ def __dir__() -> list[str]:
     return list(__all__)
 
 
+_KINDS = ("TruncatedES", "PES", "NRES")
+
+
 class State(TypedDict):
     """Where an unroll stands: a plain dict of tensors, to be saved with ``torch.save`` and gone on with, bit for bit.
 
     Attributes:
+        kind: whose state it is: 0 of :class:`TruncatedES`, 1 of :class:`PES`, 2 of :class:`NRES`.
         center: the state at the parameters themselves.
         particles: the states of the particles, each leaf with leading axes (num_samples, 2); None in truncated ES.
         perturbation: what each particle's loss is weighted with, in units of sigma, (num_samples, 2, d): in PES the sum
@@ -60,6 +64,7 @@ class State(TypedDict):
         window: windows done.
     """
 
+    kind: torch.Tensor
     center: Any
     particles: Any
     perturbation: torch.Tensor | None
@@ -88,6 +93,7 @@ class UnrolledEstimator(ABC):
         ValueError: if it is out of its range, or the distribution is not one that the estimator can use.
     """
 
+    _kind: ClassVar[str]
     _carries: ClassVar[bool] = True  # whether particles have states of their own
     _gaussian: ClassVar[bool] = False  # whether the formula rests on Gaussian marginals
 
@@ -169,6 +175,7 @@ class UnrolledEstimator(ABC):
         layout, leaves = Layout.of(state, device, f"`{self.options.call}.init(params, state)`")
         seed = draw_seed(self.options.seed, self.options.generator)
         begun = State(
+            kind=torch.tensor(_KINDS.index(self._kind)),
             center=layout.together([leaf.clone() for leaf in leaves]),
             particles=None,
             perturbation=None,
@@ -311,8 +318,9 @@ class UnrolledEstimator(ABC):
                 f"{self._given}: the state must be that of `{self.options.call}.init(params, state)`, a dict of "
                 f"{', '.join(wanted)}, got {type(state).__name__} {state!r:.80}."
             )
-        if (state["perturbation"] is None) == self._carries:
-            raise ValueError(f"{self._given}: the state is that of another kind of estimator.")
+        kind = _KINDS[int(state["kind"])]
+        if kind != self._kind:
+            raise ValueError(f"{self._given}: the state is that of another estimator, `{kind}`.")
 
     def _masks(self, state: State, done: Any, typed: str) -> tuple[bool, torch.Tensor]:
         """Whether the center begins anew, and which particles do."""
@@ -356,6 +364,7 @@ class TruncatedES(UnrolledEstimator):
         (arXiv:1810.10180).
     """
 
+    _kind = "TruncatedES"
     _carries = False
 
     def _perturb(
@@ -400,6 +409,7 @@ class PES(UnrolledEstimator):
         (arXiv:2112.13835).
     """
 
+    _kind = "PES"
     _gaussian = True
 
     def _perturb(
@@ -438,6 +448,8 @@ class NRES(UnrolledEstimator):
         Li et al., "Variance-reduced gradient estimation via noise-reuse in online evolution strategies"
         (arXiv:2304.12180).
     """
+
+    _kind = "NRES"
 
     def _perturb(
         self, held: torch.Tensor | None, draw: Callable[[], torch.Tensor]

@@ -38,6 +38,7 @@ class Radius:
         bias_limit: what that hardly exceeds, its two standard errors included.
         deviation: the deviation of one direction's estimate, likewise over the reference's length.
         error: what ``fn`` raised there, or None.
+        is_reference: whether the others are compared with this one, where autograd gives no gradient.
     """
 
     sigma: float
@@ -46,6 +47,7 @@ class Radius:
     bias_limit: float = math.nan
     deviation: float = math.nan
     error: str | None = None
+    is_reference: bool = False
     samples: Samples | None = field(default=None, repr=False, compare=False)
     cloud: Cloud | None = field(default=None, repr=False, compare=False)
 
@@ -154,6 +156,7 @@ def _filled(r: Radius, gradient: torch.Tensor | None, reference: Radius | None, 
         math.sqrt(max(off.square, 0.0)) / length,
         math.sqrt(off.most()) / length,
         math.sqrt(r.cloud.variance) / length,
+        is_reference=gradient is None and r is reference,
         samples=r.samples,
         cloud=r.cloud,
     )

@@ -126,7 +126,7 @@ class CheckReport:
         rows = [("beside autograd", truth), ("round-off limit", f"sigma = {self.roundoff_sigma:.2g}")]
         if self.noise_sigma:
             rows.append(("noise limit", f"sigma = {self.noise_sigma:.2g}"))
-        lines = [_line(radius, a.differentiable) for radius in self.sweep]
+        lines = [_line(radius) for radius in self.sweep]
         return rows + [("" if k else "bias, deviation", line) for k, line in enumerate(lines)]
 
     def _about_settings(self) -> list[tuple[str, str]]:
@@ -206,14 +206,17 @@ def _seconds(value: float) -> str:
     return f"{value * 1e9:.3g} ns"
 
 
-def _line(radius: Radius, differentiable: bool) -> str:
+def _line(radius: Radius) -> str:
     if radius.error is not None:
         return f"sigma {radius.sigma:<8.2g} {_short(radius.error)}"
     if math.isnan(radius.bias):
         return f"sigma {radius.sigma:<8.2g} no gradient shows above the noise"
-    bias = f"bias {radius.bias:.1e}" if radius.bias > 0 else f"bias below {radius.bias_limit:.1e}"
-    if radius.bias_limit == 0:  # what the others are compared with, where autograd gives no gradient
-        bias = "bias 0" if differentiable else "reference"
+    if radius.is_reference:
+        bias = "reference"
+    elif radius.bias_limit == 0:
+        bias = "bias 0"
+    else:
+        bias = f"bias {radius.bias:.1e}" if radius.bias > 0 else f"bias below {radius.bias_limit:.1e}"
     return f"sigma {radius.sigma:<8.2g} {bias}, deviation of one direction {radius.deviation:.2g}"
 
 
