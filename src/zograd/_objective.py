@@ -100,12 +100,13 @@ class _WatchAutograd(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # A torch.func transform inside fn brings its own tensors.
-        engine = func in _ENGINE and not torch._C._are_functorch_transforms_active()
-        if engine or (func in _ASKING and id(args[0]) in self._params):
-            self.seen = True
-            raise _NeedsGrad
-        return func(*args, **(kwargs or {}))
+        if func in _WATCHED:
+            # A torch.func transform inside fn brings its own tensors.
+            engine = func in _ENGINE and not torch._C._are_functorch_transforms_active()
+            if engine or (func in _ASKING and id(args[0]) in self._params):
+                self.seen = True
+                raise _NeedsGrad
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 _ENGINE = {torch.Tensor.backward, torch.autograd.grad}
@@ -115,6 +116,7 @@ _ASKING = {
     torch.Tensor.register_hook,
     torch.Tensor.retain_grad,
 }
+_WATCHED = _ENGINE | _ASKING  # each operation of fn is looked up once
 
 
 class Objective:
@@ -183,8 +185,10 @@ class Objective:
 
     def center(self, params: Leaves, *, batched: bool = False) -> torch.Tensor:
         """The value at the center, which tells the shape of all others."""
-        evaluate = functools.partial(self._at_center, batched=batched)
-        return evaluate(params) if tries(self.policy) == 1 else self._with_policy(evaluate, params, CENTER)
+        if tries(self.policy) == 1:
+            return self._at_center(params, batched=batched)
+        out: torch.Tensor = self._with_policy(functools.partial(self._at_center, batched=batched), params, CENTER)
+        return out
 
     def _at_center(self, params: Leaves, *, batched: bool) -> torch.Tensor:
         rows = range(CENTER, CENTER + 1) if batched else None
@@ -329,7 +333,8 @@ class Objective:
     ) -> Any:
         run = fn if vmapped else functools.partial(self._call, fn)
         self._begin(index, rows, vmapped=vmapped)
-        self.count(params[0].shape[0] if vmapped or rows else 1)
+        if self.counted is not None:
+            self.count(params[0].shape[0] if vmapped or rows else 1)
         if self.habits.differentiates:
             return self._run_tracked(run, params, index, rows, vmapped=vmapped)
         versions = _versions(params)
@@ -426,7 +431,9 @@ def _versions(params: Leaves) -> list[int]:
 
 def commit(fn: Callable[..., Any]) -> None:
     """Let a function that keeps traces of its center (see :class:`Objective`) keep them."""
-    getattr(fn, "commit", lambda: None)()
+    keep = getattr(fn, "commit", None)
+    if keep is not None:
+        keep()
 
 
 def wants_grad(error: BaseException) -> bool:

@@ -201,7 +201,7 @@ class Points:
         self.params = params
         self.directions = directions
         self.sides = sides
-        self._scales = {c: tuple(c * s for s in sigma) for c in sides}
+        self._scales = {c: tuple([c * s for s in sigma]) for c in sides}
         self._sigma = sigma
         self._room = Room()
 
@@ -226,7 +226,7 @@ class Points:
 
     def center(self) -> Leaves:
         """The parameters, as a copy that ``fn`` may write to."""
-        return tuple(p.clone() for p in self.params)
+        return tuple([p.clone() for p in self.params])
 
     def rows(self, lo: int, hi: int) -> Iterator[Callable[[float], Leaves]]:
         """For each direction, a function from a side's offset to its point."""

@@ -10,7 +10,7 @@ r"""The estimator: values at points to a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +35,7 @@ from zograd._surrogate import ControlVariate, Surrogate
 from zograd.failures import dropping
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from zograd._contraction import Coefficients
     from zograd._objective import Objective
@@ -130,7 +130,7 @@ def _run(
             if contraction is not None:
                 contraction.add(coefficients)
     finally:
-        if isinstance(pieces, Generator):  # let it clean up now, not when it is collected
+        if isinstance(pieces, GeneratorType):  # let it clean up now, not when it is collected
             pieces.close()
     if waits:
         directions = directions.first(hi)
