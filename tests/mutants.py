@@ -528,7 +528,7 @@ MUTANTS = [
     ),
     Mutant(
         "an iterator of parameters passes for any other argument",
-        "decorator.py",
+        "_inputs.py",
         "if isinstance(found, Iterator):",
         "if isinstance(found, Generic):",
         ("test_first_hour.py",),

@@ -52,7 +52,7 @@ LEVELS = [
     ("L4.6", ["_descent"]),
     ("L5", ["estimator"]),
     ("L6", ["_autograd", "_options", "optim"]),
-    ("L6.1", ["_window", "_particles"]),
+    ("L6.1", ["_window", "_particles", "_inputs"]),
     ("L7", ["decorator", "slices", "_unroll"]),
     ("L7.1", ["_check"]),
     ("L7.2", ["_check.moments", "_check.table", "_check.watch"]),

@@ -8,26 +8,23 @@ import functools
 import importlib
 import inspect
 import pickle
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 
 import torch
 
 from zograd._autograd import Plan, Setup, differentiate, forward_mode, is_tracked, is_transformed
+from zograd._inputs import check_leaves, instead, lost_gradient, warn_of_lost_gradients
 from zograd._objective import Habits, as_tensor, commit, function_name, refuses_grad, wants_grad
 from zograd._options import Options
 from zograd._random import plain_call
 from zograd._recipe import Recipe
 from zograd._refusals import check_radii
-from zograd._tree import Arguments, Space, flatten, sigma_per_leaf, unsupported
-from zograd.errors import ZeroOrderWarning
+from zograd._tree import Arguments, Space, flatten, sigma_per_leaf
 from zograd.sampling import Until
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from zograd._estimate import Estimate
     from zograd.distributions.adapter import DistributionLike
     from zograd.evaluators.base import Evaluator
@@ -186,7 +183,7 @@ class ZeroOrderFunction(Generic[P]):
         if not arguments.chosen:
             raise ValueError(
                 f"`{self.options.call}(argnums={self.options.argnums})`: no floating-point tensor to differentiate in "
-                f"these arguments of {self._typed}{_instead(argnums, args, kwargs)}. "
+                f"these arguments of {self._typed}{instead(argnums, args, kwargs)}. "
                 "(For a method, argument 0 is the one after `self`.)"
             )
         return arguments
@@ -216,7 +213,7 @@ class ZeroOrderFunction(Generic[P]):
                 self._setups.clear()
             setup = self._setups[key] = self._set_up(arguments, chosen)
         if setup.lost is not None:
-            _warn_of_lost_gradients(setup.lost, self._typed, module=self.options.call != "zero_order")
+            warn_of_lost_gradients(setup.lost, self._typed, module=self.options.call != "zero_order")
         others = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         plan = Plan(setup, self.fn, Arguments(arguments.form, arguments.spec, others, chosen), self._habits)
         return plan, tuple([leaves[i] for i in setup.positions])
@@ -224,7 +221,7 @@ class ZeroOrderFunction(Generic[P]):
     def _set_up(self, arguments: Arguments, chosen: tuple[int, ...]) -> Setup:
         o, leaves, num = self.options, arguments.leaves, self.options.num_samples
         params = tuple(leaves[i] for i in chosen)
-        _check_leaves(params, o)
+        check_leaves(params, o)
         positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
         sigma = sigma_per_leaf(o.sigma, arguments, several=len(o.argnums) > 1)
         of_leaf = dict(zip(arguments.chosen, sigma, strict=True))
@@ -247,7 +244,7 @@ class ZeroOrderFunction(Generic[P]):
                 num if isinstance(num, Until) else None,
             ),
             space=space,
-            lost=_lost_gradient(arguments),
+            lost=lost_gradient(arguments),
             seed=o.seed,
             generator=o.generator,
         )
@@ -320,75 +317,11 @@ def any_tensor(out: Any, name: str) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else as_tensor(out, name)
 
 
-def _check_leaves(params: Sequence[torch.Tensor], options: Options) -> None:
-    typed = f"`{options.call}(argnums={options.argnums})`"
-    for p in params:
-        kind = unsupported(p)
-        if kind:
-            raise TypeError(
-                f"{typed}: differentiated tensors must be dense and real, got {kind} of shape {tuple(p.shape)}."
-            )
-    if len({p.device for p in params}) > 1:
-        raise ValueError(
-            f"{typed}: differentiated tensors must be on one device, got {sorted({str(p.device) for p in params})}."
-        )
-    if not any(p.numel() for p in params):
-        raise ValueError(
-            f"{typed}: the differentiated tensors have no elements, got shapes {[tuple(p.shape) for p in params]}."
-        )
-    if options.batch_dim is not None:
-        _check_slices(params, options.batch_dim, options.call)
-
-
-def _lost_gradient(arguments: Arguments) -> torch.Size | None:
-    """The shape of a tensor that requires grad and gets none, being in no differentiated argument."""
-    ours = {i for span in arguments.form.spans for i in span}
-    others = (x for i, x in enumerate(arguments.leaves) if i not in ours and isinstance(x, torch.Tensor))
-    return next((x.shape for x in others if x.requires_grad), None)
-
-
-def _instead(argnums: tuple[int | str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """What stands where the tensors should, and what to write for the kinds of it that are met most."""
-    found = args[argnums[0]] if isinstance(argnums[0], int) else kwargs[argnums[0]]
-    got = f", got {type(found).__name__}"
-    if isinstance(found, torch.nn.Module):
-        return (
-            f"{got}: use `zograd.nn.ZeroOrder(module, ...)`, or pass its parameters, `dict(module.named_parameters())`"
-        )
-    if isinstance(found, Iterator):
-        return f"{got}: pass `list(...)` of it, or a dict"
-    if isinstance(found, (float, int)) or (hasattr(found, "__array__") and not isinstance(found, torch.Tensor)):
-        return f"{got}: pass `torch.tensor(...)` of it, in floating point, with `requires_grad=True` for `backward()`"
-    return f"{got} of {found.dtype}" if isinstance(found, torch.Tensor) else got
-
-
-def _warn_of_lost_gradients(shape: torch.Size, typed: str, *, module: bool) -> None:
-    remedy = (
-        "Parameters alone do: detach it, or decorate a function of it by `zograd.zero_order`."
-        if module
-        else "Name its argument in `argnums`, or detach it."
-    )
-    warnings.warn(
-        f"{typed} gets a tensor of shape {tuple(shape)} that requires grad outside its differentiated arguments: it "
-        f"gets no gradient through this call. {remedy}",
-        ZeroOrderWarning,
-        stacklevel=4,
-    )
-
-
 def _signature(leaf: object) -> Any:
     """What the checks and the layout of a call depend on."""
     if not isinstance(leaf, torch.Tensor):
         return None
     return leaf.__class__, leaf.shape, leaf.dtype, leaf.device, leaf.layout, leaf.requires_grad
-
-
-def _check_slices(params: Sequence[torch.Tensor], batch_dim: int, call: str) -> None:
-    typed, shapes = f"`{call}(batch_dim={batch_dim})`", [tuple(p.shape) for p in params]
-    if any(p.dim() <= batch_dim for p in params):
-        raise ValueError(f"{typed}: every differentiated tensor must have that dimension, got shapes {shapes}.")
-    if len({p.shape[batch_dim] for p in params}) > 1:
-        raise ValueError(f"{typed}: differentiated tensors must have equally many slices, got shapes {shapes}.")
 
 
 def zero_order(
