@@ -25,7 +25,7 @@ help:  ## list the targets
 
 setup: $(VENV)/.stamp-tests $(VENV)/.stamp-lint $(VENV)/.stamp-examples  ## make .venv with everything for development
 
-test: $(VENV)/.stamp-tests  ## run the tests and the doctests
+test: $(VENV)/.stamp-tests $(VENV)/.stamp-examples  ## run the tests and the doctests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
 
 test-statistics: $(VENV)/.stamp-tests  ## run the statistical tests on fresh seeds
@@ -44,7 +44,7 @@ demo: $(VENV)/.stamp-examples  ## run the quickstart example
 # Those with a table, from which reproductions.py makes the page; the quickstart has a target of its own.
 EXAMPLES := $(filter-out quickstart check reproductions simulator,$(basename $(notdir $(wildcard examples/*.py))))
 
-examples: $(VENV)/.stamp-examples  ## run all examples in full and make docs/reproductions.md (an hour)
+examples: $(VENV)/.stamp-examples  ## run all examples in full and make docs/reproductions.md (half an hour)
 	@for name in $(EXAMPLES); do \
 		OMP_NUM_THREADS=1 $(RUN) examples/$$name.py --output docs/images/$$name.png || exit 1; done
 	$(RUN) examples/check.py --figure docs/images/check.png

@@ -30,6 +30,24 @@ HEADLINES = {
 }
 
 
+# What the front page shows of the comparison with peers, by how the question begins.
+BESIDE = {
+    "torchopt": (
+        '`method="forward"`, f(x) = sum(x)',
+        "one evaluation of 100 gives nan",
+        "fn returns a Python float",
+        "an inner training loop",
+        "`torch.func.grad`",
+        "fn adds noise of deviation 1",
+        "a step in place",
+    ),
+    "evotorch": ("one evaluation of 100 gives nan", "a search on a named function"),
+    "evosax": ("f is constant",),
+    "jax": ("a numpy simulator",),
+    "scipy": ("a staircase", "100 residuals"),
+}
+
+
 def load(folder, name):
     path = ROOT / folder / "results" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -132,15 +150,33 @@ def reliability():
     )
 
 
+def peers():
+    """What others do otherwise, the first of the rows that their script verifies."""
+    report, rows = load("benchmarks", "peers"), []
+    for name, questions in BESIDE.items():
+        peer = report["peers"][name]
+        for words in questions:
+            (row,) = (row for row in peer["rows"] if row["question"].startswith(words))
+            cells = [str(row[key]).replace("|", "\\|") for key in ("question", "peer", "zograd")]
+            rows.append([f"{peer['title']} {peer['version']}", *cells])
+    count = sum(len(peer["rows"]) for peer in report["peers"].values())
+    return (
+        table(["beside", "asked", "the other", "zograd"], rows)
+        + f"\n\n`make bench-peers`; all {count} rows, those included where the others are as good or better, in "
+        "[benchmarks/peers/README.md](benchmarks/peers/README.md)."
+    )
+
+
 TABLES = {
     "speed": speed,
     "evaluations": evaluations,
     "descent": descent,
     "reproductions": reproductions,
     "reliability": reliability,
+    "peers": peers,
 }
 PAGES = {
-    "README.md": ("speed", "evaluations", "reproductions", "reliability"),
+    "README.md": ("speed", "evaluations", "reproductions", "reliability", "peers"),
     "docs/choosing.md": ("evaluations", "descent"),
 }
 

@@ -175,13 +175,8 @@ def main():
     gains, passes = nats[:, :1] - nats[:, 1:], (2 * len(losses), (2 * DIRECTIONS + 1) * len(more), 2 * LAST)
     names = ("MeZO", "LowRank", "backpropagation into the last layer")
     for name, gain, count in zip(names, gains.T, passes, strict=True):
-        report.row(
-            f"gain by {name}, nats a character",
-            "> 0 at 2 standard errors" if name != names[2] else "",
-            gain.tolist(),
-            count,
-            seconds=0,
-        )
+        reference = "> 0 at 2 standard errors" if name != names[2] else ""
+        report.row(f"gain by {name}, nats a character", reference, gain.tolist(), count, seconds=0)
     report.row("replays from the records with the same bits, share", "1", sum(same) / len(same), seconds=0)
     report.row("bytes of the records", "", records.nbytes, seconds=0)
     report.row(f"tensors of {len(records.shapes)} that backpropagation reaches", "", reached, seconds=0)

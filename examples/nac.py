@@ -88,12 +88,7 @@ def newest(payoffs):
     return torch.eye(payoffs.shape[-1])[-1].expand(payoffs.shape[:-1])
 
 
-RIVALS = {
-    "PSRO": linear_program,
-    "PSRO, ties broken": ties_broken,
-    "uniform": uniform,
-    "self-play": newest,
-}
+RIVALS = {"PSRO": linear_program, "PSRO, ties broken": ties_broken, "uniform": uniform, "self-play": newest}
 
 
 # ---- a population's history, and learning from it
@@ -194,6 +189,7 @@ def main():
         assert min(below_psro + below_uniform) > 4
         assert min(margins(exact, "NAC", "uniform", AT)) > 4
         assert min(early[0]) > 4
+        assert min(early[1]) > 0
 
 
 if __name__ == "__main__":

@@ -424,7 +424,7 @@ def test_my_torchopt_code():
     assert grad.shape == (3,)
 
 
-# ------------------------------------------------------------------------------------------------------------ to come
+# ---------------------------------------------------------------------------------------- what came later
 
 
 def slow(x):
@@ -603,7 +603,7 @@ def test_a_cheap_model_of_my_simulator():
     assert torch.isfinite(decorated.estimate(torch.ones(5)).grad).all()
 
 
-# -------------------------------------------------------------------------- ten strangers, from the documentation alone
+# ------------------------------------------------------------------ strangers' tasks, from the documentation alone
 
 
 class Cart:

@@ -229,7 +229,7 @@ def test_importing_it_is_light_and_leaves_no_trace():
     assert not dear & set(run.stdout.split())
 
 
-@pytest.mark.parametrize("module", [*MODULES, "zograd.compat.torchopt", "zograd.failures", "zograd.optim"])
+@pytest.mark.parametrize("module", [*MODULES, "zograd.compat.torchopt", "zograd.contrib.rl", "zograd.failures"])
 def test_completion_offers_public_names_only(module):
     found = importlib.import_module(module)
     assert dir(found) == sorted(found.__all__)
@@ -269,6 +269,10 @@ def instances():
     yield zograd.evaluators.Batched(), "Batched()"
     yield zograd.evaluators.Pool(workers=2, timeout=5.0), "workers=2 timeout=5.0"
     yield zograd.evaluators.Journal("loop", "a.journal"), "Loop() a.journal"
+    yield zograd.evaluators.Distributed(inner="vmap", timeout=60), "Vmap timeout=60"
+    yield zograd.contrib.rl.Episodes(dict, window, episodes=3), "episodes=3 steps=0"
+    yield zograd.contrib.rl.Normalizer(clip=5.0), "clip=5.0 count=0"
+    yield zograd.contrib.rl.Moments(), "count=0"
     yield zograd.distributions.Guided(torch.ones(3, 1), alpha=0.25), "(3, 1) alpha=0.25"
     yield zograd.distributions.LowRank(2), "rank=2"
     for name in ("Coordinate", "Gaussian", "Hadamard", "Orthogonal", "Rademacher", "Sobol", "Sphere"):

@@ -171,7 +171,7 @@ def test_the_bias_is_what_the_documentation_says(checks):
         ((math.inf, 100), ValueError, "`snr` must be positive and finite"),
         (("2", 100), TypeError, "`snr` must be a number, got str"),
         ((2, 1e3), TypeError, "`at_most` must be an int, got float 1000.0"),
-        ((2, 10), ValueError, "`at_least` must lie between 2 and `at_most`, got 16"),
+        ((2, 10), ValueError, "`at_least` .16 unless it is given. must lie between 2 and `at_most`, got 16"),
         ((2, 10, 1), ValueError, "`at_least` must lie between 2 and `at_most`, got 1"),
         ((2, 10, True), TypeError, "`at_least` must be an int, got bool"),
     ],

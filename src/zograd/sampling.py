@@ -61,7 +61,8 @@ class Until:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{typed}: `{name}` must be an int, got {type(value).__name__} {value!r:.80}.")
         if not 2 <= self.at_least <= self.at_most:
-            raise ValueError(f"{typed}: `at_least` must lie between 2 and `at_most`, got {self.at_least}.")
+            default = " (16 unless it is given)" if self.at_least == 16 else ""
+            raise ValueError(f"{typed}: `at_least`{default} must lie between 2 and `at_most`, got {self.at_least}.")
 
     @property
     def bound(self) -> int:

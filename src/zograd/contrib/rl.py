@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["Episodes", "Moments", "Normalizer"]
 
 
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 class Episodes:
     r"""Minus the return of episodes under a policy, as an ``fn`` for :func:`zograd.zero_order`.
 
@@ -124,6 +128,12 @@ class Episodes:
             self._own.env = self.make()
         return self._own.env
 
+    def __repr__(self) -> str:
+        return (
+            f"Episodes({self.make!r}, {self.policy!r}, normalizer={self.normalizer}, episodes={self.episodes}, "
+            f"bonus={self.bonus}, steps={self.steps})"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_own"}
 
@@ -160,6 +170,9 @@ class Moments:
         self.count: int = 0
         self.mean: Any = 0.0
         self.squares: Any = 0.0
+
+    def __repr__(self) -> str:
+        return f"Moments(count={self.count})"
 
     def add(self, observation: Any) -> None:
         """Take one observation.
@@ -244,6 +257,9 @@ class Normalizer:
         if self.clip is None:
             return out
         return out.clip(-self.clip, self.clip) if hasattr(out, "clip") else min(max(out, -self.clip), self.clip)
+
+    def __repr__(self) -> str:
+        return f"Normalizer(least={self.least}, clip={self.clip}, count={self.known.count})"
 
     def update(self) -> None:
         """Normalize by all that was seen from now on."""

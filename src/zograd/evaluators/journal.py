@@ -62,10 +62,9 @@ class Journal(Evaluator):
             returns stands for all of them but the differentiated tensors, and for what ``fn`` reads elsewhere.
 
     Raises:
-        TypeError: if a setting is of a wrong type.
+        TypeError: if a setting is of a wrong type; of an estimate, if an argument of ``fn`` has no digest.
         ValueError: if ``inner`` is an unknown name.
-        JournalError: of an estimate, if the file is of another program or version, is damaged, or an argument of ``fn``
-            has no digest.
+        JournalError: of an estimate, if the file is of another program or version, or is damaged.
         ReplayError: of an estimate, if the distribution's directions cannot be made again.
 
     Examples:
