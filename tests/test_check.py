@@ -193,6 +193,14 @@ def test_the_noise_floor_of_arithmetic():
     assert check(lambda x: 0.0 * x.sum(), X).noise.kind == "none"
 
 
+def test_steps_are_not_called_rounding():
+    report = check(lambda x: float(1 + (x.double() @ SLOPE.double()) * 1e7 % 1), X)
+    assert report.noise.kind == "steps"
+    assert "(steps)" in str(report)
+    assert "limit of steps" in str(report)
+    assert "round-off" not in str(report)
+
+
 def test_a_slow_function_that_pickles_is_for_a_pool():
     report = check(slow, X, budget=120)
     assert report.suggestion.evaluator == "Pool"

@@ -168,7 +168,7 @@ class Noise:
 
     Attributes:
         level: the standard deviation of a value.
-        kind: ``"none"``, ``"round-off"`` or ``"random"``.
+        kind: ``"none"``, ``"round-off"``, ``"steps"`` (of a function that jumps) or ``"random"``.
     """
 
     level: float
@@ -191,8 +191,11 @@ def noise(subject: Subject, found: Calls, seed: int) -> Noise:
     size = math.sqrt(sum(float(p.double().square().sum()) for p in leaves) / subject.space.size) or 1.0
     step = _STEP * max(torch.finfo(p.dtype).eps for p in leaves) * size
     points = [tuple((p.to(e) + k * step * e).to(p.dtype) for p, e in zip(leaves, line, strict=True)) for k in _OFFSETS]
-    level = _table([subject.value(point, seed=1) for point in points])
-    return Noise(level, "round-off" if level else "none")
+    values = [subject.value(point, seed=1) for point in points]
+    level = _table(values)
+    # Rounding takes a few digits of a value, and not half of them.
+    most = max(map(abs, values)) * math.sqrt(max(torch.finfo(p.dtype).eps for p in leaves))
+    return Noise(level, "none" if not level else "round-off" if level <= most else "steps")
 
 
 _OFFSETS = range(-(_LINE // 2), _LINE // 2 + 1)

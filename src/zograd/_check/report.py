@@ -53,7 +53,8 @@ class CheckReport:
         vectorized: what ``torch.vmap`` makes of it.
         autograd: how the smoothed gradient compares with autograd's.
         sweep: bias and deviation over sigma.
-        roundoff_sigma: below it, rounding is more than a tenth of the differences.
+        roundoff_sigma: below it, rounding (or the steps of a function that jumps) is more than a tenth of the
+            differences.
         noise_sigma: likewise for the noise of a function that is random with one random state.
         needed: directions and evaluations for a cosine of 0.9 by method, at the suggested sigma; empty if none works.
         given_cosine: the cosine to expect of the settings that it is decorated with, or None.
@@ -102,6 +103,11 @@ class CheckReport:
         """The table, where IPython or a notebook shows what a cell returns."""
         printer.text(str(self))
 
+    @property
+    def _limit(self) -> str:
+        """What the least useful sigma is a limit of."""
+        return "limit of steps" if self.noise.kind == "steps" else "round-off limit"
+
     def _about_calls(self) -> list[tuple[str, str]]:
         c, v = self.calls, self.vectorized
         again = "yes" if c.deterministic else "no, but with one random state" if c.repeatable else "no"
@@ -123,7 +129,7 @@ class CheckReport:
         truth = f"no: {_short(a.error)}"
         if a.differentiable:
             truth = f"cosine {a.cosine:.4f}, scale {a.scale:.4f} ± {a.scale_error:.4f}"
-        rows = [("beside autograd", truth), ("round-off limit", f"sigma = {self.roundoff_sigma:.2g}")]
+        rows = [("beside autograd", truth), (self._limit, f"sigma = {self.roundoff_sigma:.2g}")]
         if self.noise_sigma:
             rows.append(("noise limit", f"sigma = {self.noise_sigma:.2g}"))
         lines = [_line(radius) for radius in self.sweep]
@@ -181,7 +187,7 @@ class CheckReport:
 
 def _limits(ax: Any, report: CheckReport) -> None:
     for at, text, color in (
-        (report.roundoff_sigma, "round-off limit", "C3"),
+        (report.roundoff_sigma, report._limit, "C3"),
         (report.noise_sigma, "noise limit", "C4"),
         (report.suggestion.sigma, "suggested", "C2"),
     ):
