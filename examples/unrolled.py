@@ -56,7 +56,7 @@ def balance(kind, seed, updates, progress):
 # ---- toy regression: gradient descent on f, the log of its rate a straight line from theta_0 to theta_1
 
 LENGTH, WINDOW = 100, 10
-LONG = {"updates": 10_000}
+LONG = {"updates": 20_000}
 SIGMA = {PES: 0.3, NRES: 0.3, TruncatedES: 1.0}
 
 
@@ -118,7 +118,7 @@ def save_picture(path, curves, paths):
     for kind, losses in curves.items():
         left.plot(losses, color=COLORS[kind], label=NAMES[kind])
     left.set(title="influence balancing, windows of one step", xlabel="updates", ylabel="loss", yscale="log")
-    across, up = (torch.linspace(low, 8, 141, dtype=torch.float64) for low in (-6, -12))
+    across, up = (torch.linspace(low, 8, 141, dtype=torch.float64) for low in (-6, -18))
     x, y = torch.meshgrid(across, up, indexing="xy")
     level = whole(torch.stack([x.flatten(), y.flatten()], dim=1)).view(x.shape).clamp(max=4000)
     shades = right.contourf(across, up, level.numpy(), levels=20, cmap="Greys")
