@@ -229,7 +229,10 @@ def test_importing_it_is_light_and_leaves_no_trace():
     assert not dear & set(run.stdout.split())
 
 
-@pytest.mark.parametrize("module", [*MODULES, "zograd.compat.torchopt", "zograd.contrib.rl", "zograd.failures"])
+OTHERS = ["zograd.compat.torchopt", "zograd.contrib.rl", "zograd.failures", "zograd.optim"]
+
+
+@pytest.mark.parametrize("module", [*MODULES, *OTHERS])
 def test_completion_offers_public_names_only(module):
     found = importlib.import_module(module)
     assert dir(found) == sorted(found.__all__)

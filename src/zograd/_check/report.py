@@ -105,7 +105,7 @@ class CheckReport:
 
     @property
     def _limit(self) -> str:
-        """What the least useful sigma is a limit of."""
+        """What sets the limit below which a sigma is of no use."""
         return "limit of steps" if self.noise.kind == "steps" else "round-off limit"
 
     def _about_calls(self) -> list[tuple[str, str]]:
