@@ -168,7 +168,7 @@ def test_a_whole_group_is_exact_on_a_quadratic(family, size):
 def test_the_error_of_orthogonal_directions_on_a_quadratic(lengths, num, checks):
     problem, d = Quadratic(), 5
     g2 = float(problem.gradient.square().sum())
-    got = grads(problem, Orthogonal(lengths), num, 3000, checks)
+    got = grads(problem, Orthogonal(lengths), num, 6000, checks)
     inside = min(num, d)
     factor = ((d + 2) / inside - 1 if lengths == "chi" else d / inside - 1) * inside / num
     checks.mean(got, problem.gradient, effect=0.25 * math.sqrt(g2), slack=1e-9)
@@ -197,7 +197,7 @@ def test_orthogonality_takes_off_its_share_for_any_function_and_scheme(scheme, n
     """MSE of independent directions minus MSE of orthogonal ones = (N - 1) / N |grad f_s|^2."""
     problem = Wavy()
     target = problem.smoothed
-    repetitions = 6000 if num == 4 else 12_000
+    repetitions = 8000 if num == 4 else 16_000
     independent, orthogonal = (
         grads(problem, family, num, repetitions, checks, scheme) for family in (Gaussian(), Orthogonal())
     )
@@ -212,7 +212,7 @@ def test_orthogonality_takes_off_its_share_for_any_function_and_scheme(scheme, n
 def test_the_error_of_hadamard_directions_on_a_quadratic(num, checks):
     problem, d, n = Quadratic(), 5, 8
     g2 = float(problem.gradient.square().sum())
-    got = grads(problem, Hadamard(), num, 3000, checks)
+    got = grads(problem, Hadamard(), num, 5000, checks)
     inside = num % n or n  # a whole group has no error
     expected = (d - 1) / inside * (n - inside) / (n - 1) * (inside / num) ** 2 * g2
     checks.mean(got, problem.gradient, effect=0.25 * math.sqrt(g2))
