@@ -72,10 +72,12 @@ class Evidence:
 
 
 def tensor_of(piece: Coefficients | Piece) -> torch.Tensor:
+    """A piece in one form, whichever an evaluator gave it in."""
     return torch.tensor(piece, dtype=torch.float64) if isinstance(piece, list) else piece
 
 
 def joined(pieces: Sequence[Coefficients | Piece]) -> torch.Tensor:
+    """All pieces as one tensor; a single one is not copied."""
     tensors = [tensor_of(piece) for piece in pieces]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
