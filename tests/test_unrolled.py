@@ -723,6 +723,11 @@ BAD = {
         ValueError,
         "`NRES(params, state)`: the state is that of another estimator, `PES`",
     ),
+    "nobody's": (
+        lambda: PES(fine)(torch.ones(2), {**PES(fine).init(torch.ones(2), 0.0), "kind": torch.tensor(7)}),
+        ValueError,
+        "the state is that of another estimator, `kind 7`",
+    ),
     "other num_samples": (
         lambda: PES(fine, 3)(torch.ones(2), PES(fine, 2).init(torch.ones(2), 0.0)),
         ValueError,

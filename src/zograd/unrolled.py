@@ -318,9 +318,10 @@ class UnrolledEstimator(ABC):
                 f"{self._given}: the state must be that of `{self.options.call}.init(params, state)`, a dict of "
                 f"{', '.join(wanted)}, got {type(state).__name__} {state!r:.80}."
             )
-        kind = _KINDS[int(state["kind"])]
-        if kind != self._kind:
-            raise ValueError(f"{self._given}: the state is that of another estimator, `{kind}`.")
+        kind = int(state["kind"])
+        if kind != _KINDS.index(self._kind):
+            name = dict(enumerate(_KINDS)).get(kind, f"kind {kind}")
+            raise ValueError(f"{self._given}: the state is that of another estimator, `{name}`.")
 
     def _masks(self, state: State, done: Any, typed: str) -> tuple[bool, torch.Tensor]:
         """Whether the center begins anew, and which particles do."""
