@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import zograd
-from zograd._check import distribution as module
-from zograd._check.moments import student
 from zograd.diagnostics import check_distribution
+from zograd.diagnostics import distribution as module
+from zograd.diagnostics.moments import student
 from zograd.distributions import (
     Coordinate,
     Dense,

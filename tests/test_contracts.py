@@ -10,11 +10,12 @@ import torch
 
 import zograd
 from zograd import distributions, evaluators, schemes, shaping, zero_order
-from zograd._points import Directions, Points
-from zograd._tree import Space
+from zograd._base.trees import Space
 from zograd.distributions.adapter import adapt
 from zograd.distributions.base import Dense
+from zograd.distributions.directions import Directions
 from zograd.evaluators import EVALUATORS, Evaluator
+from zograd.evaluators.points import Points
 from zograd.schemes import SCHEMES
 
 

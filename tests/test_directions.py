@@ -10,9 +10,9 @@ import torch
 from problems import Quadratic
 from statistical import flat
 from zograd import ANTITHETIC, FORWARD, FOURTH_ORDER, NAIVE, zero_order
-from zograd._points import Directions
-from zograd._tree import Space
+from zograd._base.trees import Space
 from zograd.distributions import Coordinate, Gaussian, Guided, Hadamard, Orthogonal, Rademacher, Sobol
+from zograd.distributions.directions import Directions
 from zograd.evaluators import Batched, Loop, Vmap
 from zograd.evaluators.base import fitting_rows
 from zograd.shaping import leave_one_out

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from zograd import ZeroOrderWarning, zero_order
-from zograd._points import Directions
-from zograd._tree import Space
+from zograd._base.trees import Space
 from zograd.distributions import Dense, Gaussian, Hadamard, Orthogonal, Rademacher, Sobol, Sphere
 from zograd.distributions.adapter import adapt
+from zograd.distributions.directions import Directions
 
 
 class Standard:

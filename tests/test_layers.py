@@ -1,4 +1,4 @@
-"""The import levels of the package: a module imports only what lies below it, and there are no cycles."""
+"""The floors of the package: a module imports only what lies below it, and there are no cycles."""
 
 import ast
 import re
@@ -11,63 +11,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "zograd"
 
-# Each row may import the rows above it and nothing else; a row within a level is a level of its own (2.1 above 2.0).
-LEVELS = [
-    ("L0", ["errors", "_versions"]),
-    ("L1.0", ["sampling", "failures", "schemes", "shaping"]),
-    ("L1.1", ["_digest", "_precision", "_tree", "_random", "_reuse", "_threads"]),
-    ("L1.2", ["_factored"]),
-    ("L2.0", ["distributions.base"]),
-    ("L2.1", ["distributions.gaussian", "distributions.low_rank", "distributions.rademacher", "distributions.sphere"]),
-    (
-        "L2.2",
-        [
-            "distributions.adapter",
-            "distributions.coordinate",
-            "distributions.guided",
-            "distributions.hadamard",
-            "distributions.orthogonal",
-            "distributions.sobol",
-        ],
-    ),
-    ("L2.3", ["distributions"]),
-    ("L3", ["_points", "_objective", "_overlay", "_replica"]),
-    ("L4.0", ["evaluators.base", "evaluators._ledger", "evaluators._shipping", "tracking", "_contraction"]),
-    ("L4.0", ["evaluators._twins"]),
-    ("L4.0", ["evaluators._worker"]),
-    ("L4.0", ["evaluators._crew"]),
-    ("L4.0", ["evaluators._dispatch"]),
-    ("L4.1", ["_curvature", "_error_bars"]),
-    ("L4.1", ["evaluators.loop", "evaluators.vmap", "evaluators.batched", "evaluators.pool"]),
-    ("L4.2", ["evaluators._exchange", "evaluators._inner"]),
-    ("L4.2", ["evaluators._reports"]),
-    ("L4.2", ["evaluators.distributed", "evaluators.journal"]),
-    ("L4.3", ["evaluators"]),
-    ("L4.4", ["_surrogate"]),
-    ("L4.5", ["_recipe"]),
-    ("L4.5", ["_refusals"]),
-    ("L4.6", ["_evidence"]),
-    ("L4.7", ["_estimate"]),
-    ("L4.5", ["_records"]),
-    ("L4.6", ["_descent"]),
-    ("L5", ["estimator"]),
-    ("L6", ["_autograd", "_options", "optim"]),
-    ("L6.1", ["_window", "_particles", "_inputs"]),
-    ("L7", ["decorator", "slices", "_unroll"]),
-    ("L7.1", ["_check"]),
-    ("L7.2", ["_check.moments", "_check.table", "_check.watch"]),
-    ("L7.25", ["_check.subject"]),
-    ("L7.3", ["_check.distribution", "_check.probes", "_check.sweep"]),
-    ("L7.4", ["_check.advice", "_check.radii"]),
-    ("L7.5", ["_check.report"]),
-    ("L7.6", ["_check.run"]),
-    ("L7.7", ["diagnostics"]),
-    ("L8", ["nn", "unrolled"]),
-    ("L9.0", [""]),  # zograd itself
-    ("L9.1", ["compat", "contrib", "contrib.rl"]),
-    ("L9.2", ["compat.torchopt"]),
+# The eight floors, from the ground up: a folder or a module of the root may import lower floors only. Inside a folder
+# modules may stand on each other, three high at most.
+FLOORS = [
+    ["errors", "schemes"],
+    ["_base"],
+    ["distributions", "failures", "sampling", "shaping", "tracking"],
+    ["evaluators"],
+    ["estimate"],
+    ["func", "optim"],
+    ["diagnostics", "nn", "unrolled"],
+    ["", "compat", "contrib"],  # "" is zograd itself
 ]
-LEVEL = {module: rank for rank, (_, modules) in enumerate(LEVELS) for module in modules}
+FLOOR = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}
+HEIGHT = 3  # of the modules inside a folder, one inside it counting as one
+HIGHER = {"diagnostics": 6, "estimate": 6, "evaluators.workers": 4}  # still to be rebuilt
 
 
 def name_of(path):
@@ -78,11 +36,12 @@ def name_of(path):
 MODULES = {name_of(path): path for path in sorted(SOURCE.rglob("*.py"))}
 
 
-def level_of(module):
-    """The rank of a module; a deeper one of compat.torchopt counts as that."""
-    while module not in LEVEL and module.startswith("compat.torchopt."):
+def room_of(module):
+    """The folder that a module stands in, or the module itself at the root."""
+    while module not in FLOOR:
         module = module.rpartition(".")[0]
-    return LEVEL.get(module)
+        assert module, "place it in FLOORS"
+    return module
 
 
 def imports_of(module, text=None):
@@ -106,20 +65,52 @@ def ours(module, text=None):
     return {name.removeprefix("zograd").removeprefix(".") for name in names}
 
 
-def test_every_module_is_placed():
-    missing = [module for module in MODULES if level_of(module) is None]
-    assert not missing, f"place {missing} in LEVELS"
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m or "zograd")
+def test_a_module_stands_on_one_of_eight_floors(module):
+    assert len(FLOORS) == 8
+    assert FLOOR[room_of(module) if module else ""]
+
+
+def test_nothing_private_stands_at_the_root_but_the_ground():
+    private = [path.name for path in SOURCE.iterdir() if path.name.startswith("_") and path.name != "__pycache__"]
+    assert sorted(private) == ["__init__.py", "_base"]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m or "zograd")
-def test_a_module_imports_lower_levels_only(module):
-    if module.startswith("compat.torchopt."):
-        pytest.skip("part of compat.torchopt")
+def test_a_module_imports_lower_floors_only(module):
+    room = room_of(module) if module else ""
     for imported in ours(module):
         assert imported in MODULES, f"{module} imports zograd.{imported}, which does not exist"
-        if module == "" or level_of(imported) < level_of(module) or imported.startswith(f"{module}."):
-            continue
-        pytest.fail(f"zograd.{module} (level {LEVELS[level_of(module)][0]}) imports zograd.{imported}")
+        other = room_of(imported) if imported else ""
+        inside = other == room and room in FOLDERS
+        if not (inside or FLOOR[other] < FLOOR[room] or module == ""):
+            pytest.fail(f"zograd.{module} (floor {FLOOR[room]}) imports zograd.{imported} (floor {FLOOR[other]})")
+
+
+def height_of(folder):
+    """The longest chain of imports among what stands in a folder, its door left out."""
+
+    def within(module):
+        """The module or folder of this folder that a module is, or is in."""
+        rest = module.removeprefix(f"{folder}.")
+        return "" if rest == module else rest.partition(".")[0]
+
+    graph = {within(m): set() for m in MODULES if within(m)}
+    for module in filter(within, MODULES):
+        graph[within(module)] |= {within(i) for i in ours(module)} - {"", within(module)}
+    heights = {}
+    for node in TopologicalSorter(graph).static_order():
+        heights[node] = 1 + max((heights[below] for below in graph[node]), default=0)
+    return max(heights.values()), heights
+
+
+FOLDERS = sorted({path.parent.relative_to(SOURCE).as_posix().replace("/", ".") for path in MODULES.values()} - {"."})
+
+
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if not f.startswith("compat")])
+def test_a_folder_is_three_floors_high_at_most(folder):
+    height, heights = height_of(folder)
+    assert height <= HIGHER.get(folder, HEIGHT), f"{folder}: {heights}"
 
 
 def test_there_are_no_cycles():
@@ -129,16 +120,13 @@ def test_there_are_no_cycles():
 
 
 def test_the_front_door_is_imported_by_nothing():
-    above = {"", "compat", "compat.torchopt"}
     for module in MODULES:
-        if module not in above and not module.startswith("compat.torchopt."):
-            assert not ours(module) & {"nn", ""}, module
-            assert "decorator" not in ours(module) or module == "nn", module
+        assert module == "" or "" not in ours(module), module
 
 
 def test_only_the_tree_module_imports_optree():
     users = [m for m in MODULES if any(name.split(".")[0] == "optree" for name in imports_of(m))]
-    assert users == ["_tree"]
+    assert users == ["_base.trees"]
 
 
 def test_the_package_imports_torch_and_little_else():
@@ -158,10 +146,10 @@ def test_the_package_imports_torch_and_little_else():
         ("from zograd import zero_order", {""}),
         ("from zograd.distributions import Gaussian", {"distributions"}),
         ("from zograd.distributions.gaussian import Gaussian", {"distributions.gaussian"}),
-        ("def f():\n    from zograd.estimator import estimate", {"estimator"}),
+        ("def f():\n    from zograd.estimate.estimate import estimate", {"estimate.estimate"}),
         ("if TYPE_CHECKING:\n    from zograd.nn import ZeroOrder", {"nn"}),
         ("from . import nn", {"nn"}),
-        ("from .estimator import Estimate", {"estimator"}),
+        ("from .schemes import NAIVE", {"schemes"}),
         ("import torch", set()),
     ],
 )

@@ -6,10 +6,10 @@ from torch import nn
 
 import zograd
 from zograd import ZeroOrderWarning, zero_order
-from zograd._factored import Factored
-from zograd._points import Directions
-from zograd._tree import Space
+from zograd._base.trees import Space
 from zograd.distributions import LowRank
+from zograd.distributions.directions import Directions
+from zograd.distributions.factored import Factored
 from zograd.nn import ZeroOrder
 
 torch.manual_seed(0)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
-from zograd._overlay import Overlay
+from zograd.optim.overlay import Overlay
 
 X = torch.randn(3, 4)
 SEQUENCE = torch.randn(2, 5, 8)

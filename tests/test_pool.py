@@ -242,7 +242,7 @@ def test_lambdas_go_with_cloudpickle(workers):
 @pytest.mark.parametrize("fn", [cubes, lambda x: x.sum()], ids=["argument", "lambda"])
 def test_what_does_not_pickle_is_a_named_error(workers, fn, monkeypatch):
     monkeypatch.setitem(sys.modules, "cloudpickle", None)
-    from zograd.evaluators import _shipping
+    from zograd.evaluators.workers import shipping as _shipping
 
     _shipping._pickler.cache_clear()
     argument = () if fn is not cubes else (threading.Lock(),)
@@ -257,7 +257,7 @@ def test_what_does_not_pickle_is_a_named_error(workers, fn, monkeypatch):
 
 
 def test_a_view_goes_without_the_rest_of_its_memory():
-    from zograd.evaluators._shipping import pack
+    from zograd.evaluators.workers.shipping import pack
 
     assert len(pack(torch.zeros(1_000_000)[:10], by_value=False)) < 2000
 
@@ -314,7 +314,7 @@ def test_eight_bytes_a_value():
 
 
 def test_a_worker_with_other_directions_is_found_out(threads, monkeypatch):
-    from zograd.evaluators import _worker
+    from zograd.evaluators.workers import worker as _worker
 
     monkeypatch.setattr(_worker, "fingerprint", lambda points: b"other")
     with pytest.raises(zograd.DeterminismError, match=r"`Pool`: worker .* makes other points than this process"):
@@ -322,7 +322,7 @@ def test_a_worker_with_other_directions_is_found_out(threads, monkeypatch):
 
 
 def test_a_worker_with_another_torch_is_found_out(threads, monkeypatch):
-    from zograd.evaluators import _dispatch
+    from zograd.evaluators.workers import dispatch as _dispatch
 
     monkeypatch.setattr(_dispatch, "torch_version", "2.0")
     with pytest.raises(zograd.DeterminismError, match=r"worker .* has torch .*, this process 2\.0: directions"):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import zograd
-from zograd import _reuse, zero_order
-from zograd._reuse import Room
+from zograd import zero_order
+from zograd._base import reuse as _reuse
+from zograd._base.reuse import Room
 
 LARGE = 1 << 16
 KEEPERS = {

@@ -9,9 +9,8 @@ import hashlib
 import pytest
 import torch
 
-from zograd._points import Directions
-from zograd._random import FnStream, Purpose, derive, key
-from zograd._tree import Space
+from zograd._base.streams import FnStream, Purpose, derive, key
+from zograd._base.trees import Space
 from zograd.distributions import (
     Coordinate,
     Dense,
@@ -23,6 +22,7 @@ from zograd.distributions import (
     Sobol,
     Sphere,
 )
+from zograd.distributions.directions import Directions
 
 FAMILIES = {"gaussian": Gaussian(), "rademacher": Rademacher(), "sphere": Sphere()}
 CAPABILITY = torch.backends.cpu.get_cpu_capability()

@@ -10,13 +10,13 @@ import torch
 import zograd
 from statistical import draws, noise
 from zograd import SecondDerivativeError, Until
-from zograd._particles import Particles
-from zograd._points import Directions
-from zograd._random import derive
-from zograd._tree import Space
+from zograd._base.streams import derive
+from zograd._base.trees import Space
 from zograd.distributions import Coordinate, Gaussian, Orthogonal, Rademacher, Sobol, Sphere
+from zograd.distributions.directions import Directions
 from zograd.evaluators import EVALUATORS, Journal
 from zograd.unrolled import NRES, PES, TruncatedES
+from zograd.unrolled.particles import Particles
 
 ALL = (TruncatedES, PES, NRES)
 SIGMA = {"a": 0.3, "b": 0.1}
@@ -239,7 +239,7 @@ def test_states_keep_every_bit(kind, evaluator):
     state = estimator.init(params, MANY)
     for _ in range(2):
         _, state = estimator(params, state)
-    flat = zograd._tree.take_apart
+    flat = zograd._base.trees.take_apart
     found, _ = flat(state["center"])
     wanted, _ = flat(MANY)
     inside, _ = flat(seen[0])
@@ -502,7 +502,7 @@ def test_a_saved_run_goes_on_bit_for_bit(kind, tmp_path):
     torch.save(run(parts, first, 3), tmp_path / "state.pt")
     state = run(parts, torch.load(tmp_path / "state.pt", weights_only=True), 5)
     assert torch.equal(whole["a"].grad, parts["a"].grad)
-    for x, y in zip(*[zograd._tree.take_apart(s)[0] for s in (wanted, state)], strict=True):
+    for x, y in zip(*[zograd._base.trees.take_apart(s)[0] for s in (wanted, state)], strict=True):
         assert torch.equal(x, y)
 
 

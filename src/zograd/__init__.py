@@ -5,11 +5,8 @@ values alone, so that ``loss.backward()`` and every optimizer of PyTorch work as
 """
 
 from zograd import diagnostics, distributions, evaluators, failures, nn, optim, schemes, shaping, unrolled
-from zograd._estimate import Estimate
-from zograd._options import Options
-from zograd._random import current_seed, current_seeds
-from zograd._versions import __version__, show_versions
-from zograd.decorator import ZeroOrderFunction, zero_order
+from zograd._base.streams import current_seed, current_seeds
+from zograd._base.versions import __version__, show_versions
 from zograd.diagnostics import CheckReport, check
 from zograd.errors import (
     BudgetExceeded,
@@ -25,10 +22,13 @@ from zograd.errors import (
     WorkerError,
     ZeroOrderWarning,
 )
+from zograd.estimate.result import Estimate
+from zograd.func.decorator import ZeroOrderFunction, zero_order
+from zograd.func.options import Options
+from zograd.func.slices import SliceCheck, check_slices
 from zograd.optim import replay
 from zograd.sampling import Until
 from zograd.schemes import ANTITHETIC, FORWARD, FOURTH_ORDER, NAIVE, Scheme
-from zograd.slices import SliceCheck, check_slices
 from zograd.tracking import TrackedEstimate, Tracker
 
 __all__ = [  # noqa: RUF022 - grouped as the reader meets them

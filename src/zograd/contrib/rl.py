@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zograd._random import current_seed
+from zograd._base.streams import current_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 
-from zograd._random import Purpose, TorchStream, key
+from zograd._base.streams import Purpose, TorchStream, key
 from zograd.distributions.base import Dense, Distribution, Noise
 from zograd.distributions.gaussian import Gaussian
 from zograd.errors import NonFiniteError
 
 if TYPE_CHECKING:
-    from zograd._tree import Space
-
-__all__ = ["DistributionLike", "Sampled", "adapt"]
+    from zograd._base.trees import Space
 
 
 class _Sampler(Protocol):

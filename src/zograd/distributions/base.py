@@ -8,11 +8,9 @@ from typing import ClassVar, TypeAlias
 
 import torch
 
-from zograd._random import Purpose, key
-from zograd._reuse import Rooms
-from zograd._tree import Leaves, Space
-
-__all__ = ["Dense", "Distribution", "Noise", "Tiled"]
+from zograd._base.reuse import Rooms
+from zograd._base.streams import Purpose, key
+from zograd._base.trees import Leaves, Space
 
 Noise: TypeAlias = tuple[torch.Tensor, ...]
 

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from zograd._random import Purpose, key
+from zograd._base.streams import Purpose, key
 from zograd.distributions.base import Distribution, Noise
 
 if TYPE_CHECKING:
-    from zograd._reuse import Rooms
-    from zograd._tree import Leaves, Space
-
-__all__ = ["Coordinate"]
+    from zograd._base.reuse import Rooms
+    from zograd._base.trees import Leaves, Space
 
 
 class Coordinate(Distribution):

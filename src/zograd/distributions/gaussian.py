@@ -9,8 +9,6 @@ from zograd.distributions.base import Dense
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Gaussian"]
-
 
 class Gaussian(Dense):
     r"""Directions :math:`\epsilon \sim \mathcal{N}(0, I_d)`, the default.

@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from zograd._threads import one_thread
-from zograd._tree import take_apart
+from zograd._base.execution import one_thread
+from zograd._base.trees import take_apart
 from zograd.distributions.base import TILE, Dense, Noise, fill_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from zograd._tree import Space
-
-__all__ = ["Guided"]
+    from zograd._base.trees import Space
 
 _RANK = 1e-6  # below, float32 surrogates differ by rounding only
 

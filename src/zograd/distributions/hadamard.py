@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from zograd._random import Purpose, key
+from zograd._base.streams import Purpose, key
 from zograd.distributions.base import TILE, Dense, Noise, fill_tiles
 from zograd.distributions.rademacher import Rademacher
 
 if TYPE_CHECKING:
-    from zograd._tree import Space
-
-__all__ = ["Hadamard"]
+    from zograd._base.trees import Space
 
 ROOM = 1 << 22  # values in a block: those of larger groups are made part by part
 _SIGNS = Rademacher()

@@ -9,17 +9,14 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 
-from zograd._factored import Factored
-from zograd._precision import full_precision
+from zograd._base.execution import full_precision
 from zograd.distributions.base import Noise, Tiled
+from zograd.distributions.factored import Factored
 from zograd.errors import ZeroOrderWarning
 
 if TYPE_CHECKING:
-    from zograd._reuse import Rooms
-    from zograd._tree import Leaves, Space
-
-__all__ = ["LowRank"]
-
+    from zograd._base.reuse import Rooms
+    from zograd._base.trees import Leaves, Space
 
 _TOGETHER = 16  # rows whose sum is one thin product, which passes once over the gradient
 

@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from zograd._threads import one_thread
+from zograd._base.execution import one_thread
 from zograd.distributions.base import TILE, Dense, Noise, fill_tiles
 
 if TYPE_CHECKING:
-    from zograd._tree import Space
-
-__all__ = ["Orthogonal"]
+    from zograd._base.trees import Space
 
 LENGTHS = ("chi", "sqrt_d")
 

@@ -8,8 +8,6 @@ import torch
 
 from zograd.distributions.base import Dense
 
-__all__ = ["Rademacher"]
-
 # By dtype: the integer of its width, the bits of the sign, the bits of 1.0.
 _BITS = {
     torch.float32: (torch.int32, 32, -(1 << 31), 0x3F800000),

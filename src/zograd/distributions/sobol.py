@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch.quasirandom import SobolEngine
 
-from zograd._random import Purpose, key
+from zograd._base.streams import Purpose, key
 from zograd.distributions.base import BLOCK, Dense, Noise
 
 if TYPE_CHECKING:
-    from zograd._tree import Space
-
-__all__ = ["Sobol"]
+    from zograd._base.trees import Space
 
 LEAST = 256  # points of one sequence that are made together at least, however large they are
 

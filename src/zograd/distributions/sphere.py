@@ -9,9 +9,7 @@ import torch
 from zograd.distributions.base import TILE, Dense, Noise
 
 if TYPE_CHECKING:
-    from zograd._tree import Space
-
-__all__ = ["Sphere"]
+    from zograd._base.trees import Space
 
 
 class Sphere(Dense):

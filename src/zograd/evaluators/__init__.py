@@ -1,7 +1,6 @@
 """Evaluators: how ``fn`` is called on points, one file each."""
 
-from zograd.evaluators._inner import EVALUATORS
-from zograd.evaluators.base import Evaluator
+from zograd.evaluators.base import EVALUATORS, Evaluator
 from zograd.evaluators.batched import Batched
 from zograd.evaluators.distributed import Distributed
 from zograd.evaluators.journal import Journal

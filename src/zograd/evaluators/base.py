@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zograd._objective import Objective
-    from zograd._points import Points
-
-__all__ = ["Evaluator", "Piece", "check_chunk_size", "check_prefetch", "default_chunk", "fitting_rows"]
+    from zograd.evaluators.objective import Objective
+    from zograd.evaluators.points import Points
 
 Piece: TypeAlias = "torch.Tensor | list[list[float]]"
+
+EVALUATORS: dict[str, type[Evaluator]] = dict.fromkeys(("loop", "vmap", "batched"))  # type: ignore[assignment]
+"""The evaluators that ``evaluator=`` accepts by name."""
 
 _CACHE = 1 << 19  # values of a chunk: three times as many floats fill about 6 MiB of a last-level cache
 
@@ -29,6 +30,12 @@ class Evaluator(ABC):
 
     It owns the chunks and knows nothing of coefficients or sums; the estimator owns those and knows nothing of chunks.
     """
+
+    def __init_subclass__(cls, name: str | None = None, **keywords: Any) -> None:
+        """Let ``evaluator=name`` mean one of this class."""
+        super().__init_subclass__(**keywords)
+        if name is not None:
+            EVALUATORS[name] = cls
 
     batched: bool = False
     """Whether ``fn`` itself takes a leading axis of parameter sets."""
@@ -66,6 +73,29 @@ class Evaluator(ABC):
 
     def __hash__(self) -> int:
         return hash(type(self))
+
+
+def as_evaluator(inner: Evaluator | str, typed: str) -> Evaluator:
+    """The evaluator of a name, or the evaluator itself.
+
+    Args:
+        inner: what the user gave.
+        typed: the call, for errors.
+
+    Returns:
+        The evaluator.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: if the name is unknown.
+    """
+    if isinstance(inner, Evaluator):
+        return inner
+    if not isinstance(inner, str):
+        raise TypeError(f"`{typed}` must be an Evaluator or a name, got {type(inner).__name__} {inner!r:.80}.")
+    if inner not in EVALUATORS:
+        raise ValueError(f"`{typed}` must be one of {', '.join(map(repr, EVALUATORS))} or an Evaluator, got {inner!r}.")
+    return EVALUATORS[inner]()
 
 
 def check_chunk_size(chunk_size: int | None, name: str) -> int | None:

@@ -11,14 +11,12 @@ from zograd.evaluators.base import Evaluator, check_chunk_size, check_prefetch, 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zograd._objective import Objective
-    from zograd._points import Points
     from zograd.evaluators.base import Piece
+    from zograd.evaluators.objective import Objective
+    from zograd.evaluators.points import Points
 
-__all__ = ["Batched"]
 
-
-class Batched(Evaluator):
+class Batched(Evaluator, name="batched"):
     """For an ``fn`` that itself takes a leading axis of parameter sets and returns one value for each.
 
     The decorated function is called with one parameter set, without that axis; ``fn`` always sees the axis, of length

@@ -8,22 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zograd._digest import Digest
-from zograd._versions import __version__
+from zograd._base.digest import Digest
+from zograd._base.versions import __version__
 from zograd.errors import RankError, ReplayError
-from zograd.evaluators._exchange import Exchange
-from zograd.evaluators._inner import as_evaluator
-from zograd.evaluators._reports import Report, Share, gather
-from zograd.evaluators.base import Evaluator
+from zograd.evaluators.base import Evaluator, as_evaluator
+from zograd.evaluators.exchange import Exchange
+from zograd.evaluators.reports import Report, Share, gather
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zograd._objective import Objective
-    from zograd._points import Points
     from zograd.evaluators.base import Piece
-
-__all__ = ["Distributed"]
+    from zograd.evaluators.objective import Objective
+    from zograd.evaluators.points import Points
 
 _SEEN = 1024  # values of direction 0 that the ranks compare
 

@@ -14,23 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zograd._digest import Digest, Undigestable, code_of
-from zograd._random import CENTER
-from zograd._versions import __version__
+from zograd._base.digest import Digest, Undigestable, code_of
+from zograd._base.streams import CENTER
+from zograd._base.versions import __version__
 from zograd.errors import JournalError, ReplayError
-from zograd.evaluators._inner import as_evaluator
-from zograd.evaluators._ledger import Ledger
-from zograd.evaluators.base import Evaluator
+from zograd.evaluators.base import Evaluator, as_evaluator
+from zograd.evaluators.journal_file import Ledger
 from zograd.failures import dropping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from zograd._objective import Objective, Value
-    from zograd._points import Points
     from zograd.evaluators.base import Piece
-
-__all__ = ["Journal"]
+    from zograd.evaluators.objective import Objective, Value
+    from zograd.evaluators.points import Points
 
 _FORMAT = "1"
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}

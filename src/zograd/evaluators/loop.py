@@ -12,15 +12,13 @@ from zograd.evaluators.base import Evaluator, check_prefetch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from zograd._objective import Objective, Value
-    from zograd._points import Points
-    from zograd._tree import Leaves
+    from zograd._base.trees import Leaves
     from zograd.evaluators.base import Piece
+    from zograd.evaluators.objective import Objective, Value
+    from zograd.evaluators.points import Points
 
-__all__ = ["Loop"]
 
-
-class Loop(Evaluator):
+class Loop(Evaluator, name="loop"):
     """Evaluate point by point, in this thread: works with any ``fn``.
 
     Args:

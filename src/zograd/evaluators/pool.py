@@ -8,22 +8,20 @@ import math
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
-from zograd._threads import cores
+from zograd._base.execution import cores
 from zograd.errors import ReplayError
-from zograd.evaluators._crew import Crew, spawned
-from zograd.evaluators._dispatch import Dispatch
-from zograd.evaluators._worker import Job, Modes, Parcel
 from zograd.evaluators.base import Evaluator
+from zograd.evaluators.workers.dispatch import Dispatch
+from zograd.evaluators.workers.executor import Crew, spawned
+from zograd.evaluators.workers.worker import Job, Modes, Parcel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
-    from zograd._objective import Objective
-    from zograd._points import Points
     from zograd.evaluators.base import Piece
-
-__all__ = ["Pool"]
+    from zograd.evaluators.objective import Objective
+    from zograd.evaluators.points import Points
 
 
 class Pool(Evaluator):

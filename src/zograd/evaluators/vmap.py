@@ -11,14 +11,12 @@ from zograd.evaluators.base import Evaluator, check_chunk_size, check_prefetch, 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zograd._objective import Objective
-    from zograd._points import Points
     from zograd.evaluators.base import Piece
+    from zograd.evaluators.objective import Objective
+    from zograd.evaluators.points import Points
 
-__all__ = ["Vmap"]
 
-
-class Vmap(Evaluator):
+class Vmap(Evaluator, name="vmap"):
     """Evaluate many directions at once with ``torch.vmap``: for an ``fn`` of torch operations on small parameters.
 
     Random functions of torch inside ``fn`` give each direction its own numbers, and both sides of a pair the same.

@@ -7,13 +7,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from zograd.compat.torchopt.diff.zero_order import nn
-from zograd.decorator import zero_order
+from zograd.func.decorator import zero_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from zograd.decorator import ZeroOrderFunction
     from zograd.distributions.adapter import DistributionLike
+    from zograd.func.decorator import ZeroOrderFunction
 
 __all__ = ["nn", "zero_order"]
 

@@ -1,0 +1,53 @@
+"""How zograd's own work runs: in which threads, and in which precision."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+_NOTHING = contextlib.nullcontext()
+
+
+@functools.cache
+def second_thread() -> ThreadPoolExecutor:
+    """One thread for the process, begun when first asked for."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="zograd-noise")
+
+
+if hasattr(os, "register_at_fork"):
+    # A fork copies the pool and not its thread: work given to it would wait for ever.
+    os.register_at_fork(after_in_child=second_thread.cache_clear)
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Whatever LAPACK and matrix products do inside, in one thread: their bits depend on the number of threads.
+
+    Yields:
+        Nothing.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)  # of this Python thread
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """No autocast: a matrix product of ours in bfloat16 would round points or gradient to three digits."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _NOTHING

@@ -1,1 +1,0 @@
-"""What stands behind :mod:`zograd.diagnostics`: one call before trusting a setup."""

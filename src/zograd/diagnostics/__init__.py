@@ -1,0 +1,31 @@
+"""How far a setup can be trusted: a function and its settings, a distribution of directions.
+
+Nothing here is needed for a gradient; it tells how good one is.
+"""
+
+from zograd.diagnostics.advice import Need, Suggestion
+from zograd.diagnostics.distribution import DistributionReport, Finding, check_distribution
+from zograd.diagnostics.probes import Calls, Noise, Pickling, Vectorized
+from zograd.diagnostics.radii import Radius
+from zograd.diagnostics.report import Autograd, CheckReport
+from zograd.diagnostics.run import check
+
+__all__ = [
+    "Autograd",
+    "Calls",
+    "CheckReport",
+    "DistributionReport",
+    "Finding",
+    "Need",
+    "Noise",
+    "Pickling",
+    "Radius",
+    "Suggestion",
+    "Vectorized",
+    "check",
+    "check_distribution",
+]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,212 @@
+"""The function under examination: one value of the differentiated leaves, every evaluation counted."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from zograd._base.replica import Replica
+from zograd._base.streams import TorchStream, plain_call
+from zograd._base.trees import Arguments, Space, flatten, sigma_per_leaf, unsupported
+from zograd.diagnostics.watch import Reach
+from zograd.evaluators.objective import Habits, Objective, as_tensor, function_name
+from zograd.func.options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zograd._base.trees import Leaves
+
+_CALL = "check"
+
+
+class OutOfBudgetError(Exception):
+    """The next evaluation would pass the budget; it was not begun."""
+
+
+class _OnReplicas:
+    """A plain module as a function of its trainable parameters; nothing is written to the module."""
+
+    def __init__(self, module: nn.Module, trainable: dict[str, nn.Parameter]) -> None:
+        self._names = {id(p): name for name, p in trainable.items()}
+        self._template = Replica(module, {}, torch.clone).module
+        self.__qualname__ = type(module).__qualname__
+
+    def __call__(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        like = next(iter(params.values()))
+
+        def copy_buffer(buffer: torch.Tensor) -> torch.Tensor:
+            return like.new_zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device).copy_(buffer)
+
+        tensors = {identity: params[name] for identity, name in self._names.items()}
+        return nn.Module.__call__(Replica(self._template, tensors, copy_buffer).module, *args, **kwargs)
+
+
+class Subject:
+    """A function with its arguments, brought to one value: of several, the product with a fixed random cotangent.
+
+    Args:
+        given: a function, a decorated one or a module.
+        args: its arguments.
+        kwargs: likewise.
+        argnums: what to differentiate, for a plain function.
+        budget: evaluations that may be made.
+    """
+
+    def __init__(
+        self, given: Any, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: tuple[int, ...], budget: int
+    ) -> None:
+        self.given = given
+        fn, options, arguments = _taken_apart(given, args, kwargs, argnums)
+        self.fn: Callable[..., Any] = fn
+        self.options: Options | None = options
+        self.name: str = function_name(self.fn)
+        self.__qualname__ = self.name.strip("`")
+        self.arguments: Arguments = _with_copies(arguments)
+        self.params: Leaves = tuple(p.detach().clone() for p in arguments.params())
+        _check_leaves(self.params, self.name)
+        self.space: Space = Space.of(self.params)
+        self.batched: bool = self.options is not None and self.options.evaluator.batched
+        self.budget = budget
+        self.evaluations: int = 0
+        self.habits: Habits = Habits()
+        self.shape: torch.Size | None = None  # of what fn returns, without the axis of parameter sets
+        self.dtype: torch.dtype | None = None
+        self.before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None  # sees what fn is about to get
+        self._cotangent: torch.Tensor | None = None
+
+    @property
+    def left(self) -> int:
+        """Evaluations that may still be made."""
+        return self.budget - self.evaluations
+
+    def radii(self) -> tuple[float, ...] | None:
+        """The sigma of each leaf as decorated, or None."""
+        if self.options is None:
+            return None
+        return sigma_per_leaf(self.options.sigma, self.arguments, several=len(self.options.argnums) > 1)
+
+    def count(self, evaluations: int = 1, retries: int = 0, failures: int = 0) -> None:
+        """Called before evaluations are made."""
+        del retries, failures
+        if evaluations > self.left:
+            raise OutOfBudgetError
+        self.evaluations += evaluations
+
+    def reach(self) -> Reach:
+        """A picture of what the function can reach beside its arguments."""
+        return Reach(self.fn, {"the module": self.given} if isinstance(self.given, nn.Module) else {})
+
+    def objective(self) -> Objective:
+        """What evaluators and estimates take."""
+        objective = Objective(self, self.arguments, self.params, self.habits)
+        objective.counted = self.count
+        return objective
+
+    def value(self, params: Leaves | None = None, seed: int | None = None) -> float:
+        """The value in one plain call; with ``seed`` torch's random stream begins there, else it goes on.
+
+        ``params`` may be written to by ``fn``; without them it gets copies of its own.
+
+        Returns:
+            The value.
+        """
+        objective = self.objective()
+        point = tuple(p.clone() for p in self.params) if params is None else params
+        point = tuple(p.unsqueeze(0) for p in point) if self.batched else point
+
+        def call() -> torch.Tensor:
+            return objective.center(point, batched=self.batched)
+
+        with torch.enable_grad():
+            if seed is None:
+                return plain_call(call, (), {}, rows=1).item()  # type: ignore[no-any-return]
+            with TorchStream(self.space.device) as stream:
+                stream.seed(seed)
+                return plain_call(call, (), {}, rows=1).item()  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``fn`` returns, as one value (under ``"batched"`` one a parameter set)."""
+        if self.before is not None:
+            self.before(args, kwargs)
+        given = self.fn(*args, **kwargs)
+        out = as_tensor(given, self.name)
+        if self.shape is None:
+            self.shape, self.dtype = out.shape[1:] if self.batched else out.shape, _precision(given, out)
+        if not self.shape:
+            return given
+        if self._cotangent is None:
+            generator = torch.Generator().manual_seed(0)
+            self._cotangent = torch.randn(self.shape, generator=generator, dtype=torch.float64).to(out.device)
+        return (out.to(torch.float64) * self._cotangent).flatten(1 if self.batched else 0).sum(-1)
+
+
+def _precision(given: Any, out: torch.Tensor) -> torch.dtype:
+    """A Python float is a double, but most come from a float32 tensor; then its value is one of float32."""
+    if not isinstance(given, float):
+        return out.dtype
+    return torch.float32 if float(torch.tensor(given, dtype=torch.float32)) == given else torch.float64
+
+
+def _taken_apart(
+    given: Any, args: tuple[Any, ...], kwargs: dict[str, Any], argnums: tuple[int, ...]
+) -> tuple[Callable[..., Any], Options | None, Arguments]:
+    if isinstance(getattr(given, "zero_order_options", None), Options):  # a zeroth-order module
+        trainable = given._trainable()
+        given, args = given._function(trainable), (trainable, *args)
+    if isinstance(getattr(given, "options", None), Options):
+        arguments: Arguments = given._arguments(args, kwargs)
+        return given.fn, given.options, arguments
+    if isinstance(given, nn.Module):
+        parameters = {name: p for name, p in given.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise ValueError(f"`{_CALL}(fn)`: the module {type(given).__name__} has no trainable parameters.")
+        return _OnReplicas(given, parameters), None, flatten((parameters, *args), kwargs, (0,))
+    if not callable(given):
+        raise TypeError(
+            f"`{_CALL}(fn)` must be a function, a decorated one or a module, got {type(given).__name__} {given!r:.80}."
+        )
+    places = tuple(_place(given, a, args, kwargs) for a in argnums)
+    return given, None, flatten(args, kwargs, places)
+
+
+def _place(fn: Callable[..., Any], argnum: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+    if 0 <= argnum < len(args):
+        return argnum
+    try:
+        names = list(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):
+        names = []
+    if 0 <= argnum < len(names) and names[argnum] in kwargs:
+        return names[argnum]
+    raise ValueError(
+        f"`{_CALL}(argnums={argnum})` must index the arguments of {function_name(fn)}, got {len(args)} of them."
+    )
+
+
+def _with_copies(arguments: Arguments) -> Arguments:
+    """The same call with tensors and arrays of its own, so that the caller's are never written to."""
+    return Arguments(arguments.form, arguments.spec, [_copied(leaf) for leaf in arguments.leaves], arguments.chosen)
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    return leaf.copy() if type(leaf).__module__ == "numpy" and hasattr(leaf, "shape") else leaf
+
+
+def _check_leaves(params: Leaves, name: str) -> None:
+    if not any(p.numel() for p in params):
+        raise ValueError(
+            f"`{_CALL}(fn, ...)`: no floating-point tensor to differentiate in the arguments of {name}: give `argnums`."
+        )
+    for p in params:
+        kind = unsupported(p)
+        if kind:
+            raise TypeError(f"`{_CALL}(fn, ...)`: differentiated tensors must be dense and real, got {kind}.")
+    devices = sorted({str(p.device) for p in params})
+    if len(devices) > 1:
+        raise ValueError(f"`{_CALL}(fn, ...)`: differentiated tensors must be on one device, got {devices}.")

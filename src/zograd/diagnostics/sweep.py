@@ -1,0 +1,209 @@
+"""Estimates over a range of sigma: what they are off by, and how noisy they are."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from zograd._base.execution import full_precision
+from zograd.diagnostics.subject import OutOfBudgetError
+from zograd.distributions.sums import project
+from zograd.errors import ZeroOrderWarning
+from zograd.estimate.estimate import estimate
+from zograd.estimate.settings import Recipe
+from zograd.evaluators import Batched, Evaluator, Loop, Vmap
+from zograd.schemes import ANTITHETIC, FORWARD, NAIVE, Scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zograd.diagnostics.subject import Subject
+    from zograd.distributions.base import Distribution
+    from zograd.distributions.directions import Directions
+    from zograd.evaluators.base import Piece
+    from zograd.evaluators.objective import Objective
+    from zograd.evaluators.points import Points
+
+SCHEMES: tuple[Scheme, ...] = (FORWARD, ANTITHETIC, NAIVE)  # in the order of preference, where all else is equal
+# Groups: a variance over few of them is known badly where there are few parameters, and many cost time where many.
+_GROUPS, _MOST = 16, 256
+_SMALL = 1 << 20  # values up to which there are more groups
+_VALUES = 1 << 27  # of all groups' gradients together, at most
+
+
+class _Recorded(Evaluator):
+    """An evaluator that remembers the values."""
+
+    def __init__(self, inner: Evaluator) -> None:
+        self.inner = inner
+        self.batched = inner.batched
+        self.pieces: list[Piece] = []
+
+    def __call__(
+        self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
+    ) -> Iterator[Piece]:
+        for piece in self.inner(fn, points, lo, hi, center=center):
+            self.pieces.append(piece)
+            yield piece
+
+    def values(self) -> tuple[float, torch.Tensor]:
+        """The center's value, and (N, sides)."""
+        center, *rest = (torch.as_tensor(piece, dtype=torch.float64).cpu() for piece in self.pieces)
+        return center.item(), torch.cat([piece.reshape(len(piece), -1) for piece in rest])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Antithetic values around the parameters, of which every other scheme's coefficients can be made."""
+
+    sigma: float
+    radii: tuple[float, ...]
+    directions: Directions
+    center: float
+    values: torch.Tensor  # (N, 2): at theta + sigma eps and theta - sigma eps
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def varies(self) -> bool:
+        """Whether any value is another than the center's."""
+        return bool((self.values != self.center).any())
+
+    def coefficients(self, scheme: Scheme) -> torch.Tensor:
+        """What a scheme makes of them, over sigma: an estimate of the slope along each direction, (N,)."""
+        plus, minus = self.values.unbind(1)
+        if scheme is ANTITHETIC:
+            return (plus - minus) / (2 * self.sigma)
+        return (plus - self.center if scheme is FORWARD else plus) / self.sigma
+
+    def slopes(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The same for a linear function of that flat gradient, without any error."""
+        space, family = self.directions.space, self.directions.distribution
+        leaves = zip(space.split(gradient.to(space.dtype)), self.radii, strict=True)
+        scaled = space.join(tuple(leaf * radius**2 for leaf, radius in leaves))
+        dots = project(self.directions, self.radii, scaled)[:, 0].cpu()
+        return dots * (len(self) / family.scale(space) / self.sigma)
+
+
+def sample(
+    subject: Subject, distribution: Distribution, radii: tuple[float, ...], num: int, seed: int, *, vmapped: bool
+) -> Samples:
+    """Evaluate ``num`` antithetic pairs.
+
+    Returns:
+        The values.
+
+    Raises:
+        OutOfBudgetError: if that takes more evaluations than are left.
+    """
+    if 2 * num + 1 > subject.left:
+        raise OutOfBudgetError
+    inner: Evaluator = Batched() if subject.batched else Vmap() if vmapped else Loop()
+    recorded = _Recorded(inner)
+    recipe = Recipe(distribution, ANTITHETIC, num, radii, recorded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ZeroOrderWarning)  # small radii are part of the question
+        made = estimate(subject.objective(), recipe, subject.space, seed)
+    center, values = recorded.values()
+    return Samples(max(radii), radii, made.directions, center, values)
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Estimates of one vector by independent groups of directions, and what they tell about it."""
+
+    square: float  # of the mean's length, unbiased
+    square_error: float  # its standard error, by jackknife
+    variance: float  # of one direction's estimate, the trace
+    groups: torch.Tensor  # (groups, d) the groups' estimates
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the vector shows above the noise."""
+        return self.square > 2 * self.square_error
+
+    def replace(self, square: float, error: float) -> Cloud:
+        """The same with a squared length that is known from elsewhere."""
+        return Cloud(square, error, self.variance, self.groups)
+
+    def most(self) -> float:
+        """What its squared length hardly exceeds."""
+        return max(self.square, 0.0) + 2 * self.square_error
+
+    def directions_needed(self, cosine: float = 0.9) -> float:
+        """N for a mean of that cosine: E|mean|^2 = |g|^2 + V/N; infinite where the vector does not show."""
+        return self.variance / self.square * _odds(cosine) if self.resolved else math.inf
+
+    def at_least(self, cosine: float = 0.9) -> float:
+        """What that hardly falls short of."""
+        most = self.most()
+        return self.variance / most * _odds(cosine) if most else math.inf
+
+    def cosine(self, num: int) -> float:
+        """What to expect of an estimate with so many directions."""
+        square = max(self.square, 0.0)
+        return math.sqrt(square / (square + self.variance / num)) if square else 0.0
+
+
+def square_of(samples: Samples, one: Cloud, *, smooth: bool) -> Cloud:
+    """The cloud with the best guess at the vector's squared length.
+
+    Where it does not show in the products of groups, and the function is smooth at this sigma, the mean square of the
+    slopes serves: of a linear function that is what they are.
+
+    Returns:
+        The cloud, or one with that length.
+    """
+    if one.resolved or not smooth:
+        return one
+    squares = samples.coefficients(ANTITHETIC).square()
+    return one.replace(float(squares.mean()), float(squares.std()) / math.sqrt(len(squares)))
+
+
+def _odds(cosine: float) -> float:
+    return cosine**2 / (1 - cosine**2)
+
+
+def cloud(samples: Samples, coefficients: torch.Tensor) -> Cloud:
+    """Group the directions and estimate by each group alone.
+
+    Args:
+        samples: whose directions.
+        coefficients: slopes along them, (N,).
+
+    Returns:
+        What the groups' estimates tell.
+    """
+    size = samples.directions.space.size
+    num = min(len(samples), max(4, min(_MOST, _VALUES // size)), max(_GROUPS, _SMALL // size))
+    bounds = [len(samples) * k // num for k in range(num + 1)]
+    groups = torch.stack([_mean(samples, coefficients, lo, hi) for lo, hi in itertools.pairwise(bounds)])
+    gram = groups @ groups.T
+    off = gram.sum() - gram.trace()
+    square = float(off) / (num * (num - 1))
+    without = (off - 2 * (gram.sum(dim=1) - gram.diagonal())) / ((num - 1) * (num - 2))
+    error = math.sqrt(float((without - without.mean()).square().sum()) * (num - 1) / num)
+    within = max(0.0, float(gram.trace() - gram.sum() / num)) / (num - 1)
+    return Cloud(square, error, within * len(samples) / num, groups)
+
+
+def _mean(samples: Samples, coefficients: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
+    """The estimate by directions ``lo`` to ``hi`` alone, flat, in float64; each block is drawn once."""
+    d, total, at = samples.directions, None, lo
+    space, family = d.space, d.distribution
+    c = coefficients.to(space.device, space.dtype)[:, None]
+    with full_precision(space.device):
+        while at < hi:
+            end = min(hi, (at // d.block + 1) * d.block)
+            total = family.add_sum(space, d.noise(at, end), c[at:end], total)
+            at = end
+    assert total is not None
+    factor = family.scale(space) / (hi - lo) * samples.sigma
+    leaves = zip(space.split(total.double()), samples.radii, strict=True)
+    return torch.cat([(leaf * (factor / radius)).reshape(-1) for leaf, radius in leaves]).cpu()

@@ -1,0 +1,180 @@
+"""Directions: lazy, sliceable, index arithmetic only."""
+
+from __future__ import annotations
+
+import operator
+from concurrent.futures import wait
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from zograd._base.execution import cores, full_precision, second_thread
+from zograd.distributions.base import Dense
+from zograd.errors import ReplayError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from concurrent.futures import Future
+
+    from zograd._base.trees import Space
+    from zograd.distributions.base import Distribution, Noise
+
+# Values of a span that a second thread makes ahead by default: fewer are made faster than handed over, and more would
+# take a fourth vector of the parameters' size where memory counts.
+_LEAST_AHEAD, _MOST_AHEAD = 1 << 17, 1 << 22
+
+
+class Directions:
+    """The directions of one estimate, each a function of (seed, num, index).
+
+    Nothing is stored but the span of blocks made last: what an evaluator has just used is what the estimator sums next,
+    so each direction is made once, and neither of them knows of the other. Only directions that cannot be made again (a
+    user's ``sample`` on numpy) are kept. With ``prefetch`` a second thread makes the next span meanwhile.
+
+    Args:
+        distribution: the family.
+        space: the layout of the parameters.
+        seed: 64 bits.
+        num: how many directions there are.
+    """
+
+    def __init__(self, distribution: Distribution, space: Space, seed: int, num: int) -> None:
+        self.distribution = distribution
+        self.space = space
+        self.seed = seed
+        self.num = num
+        self.block: int = distribution.rows(space, num)
+        self.replayable: bool = distribution.replayable(space)
+        self._used = num  # how many of them the estimate is a mean over
+        self.prefetch: bool | None = False  # make the next span in a second thread; None: where it gains
+        self._forget()
+
+    def _forget(self) -> None:
+        self._span = range(0)
+        self._noise: Noise = ()
+        self._scratch: Noise = ()
+        self._kept: list[Noise] = []
+        self._next: tuple[int, int, Noise, Future[Noise]] | None = None
+
+    def __len__(self) -> int:
+        return self._used
+
+    def first(self, used: int) -> Directions:
+        """The first of these directions, which are drawn by the same blocks."""
+        if used == self.num:
+            return self
+        some = Directions.__new__(Directions)
+        some.__dict__.update(self.__dict__)
+        some.num = min(self.num, -(-used // self.block) * self.block)
+        some._used, some._span, some._noise, some._scratch, some._next = used, range(0), (), (), None
+        return some
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """The bounds of each block: the units of noise and of summation."""
+        return ((lo, min(lo + self.block, self.num)) for lo in range(0, self.num, self.block))
+
+    def noise(self, lo: int, hi: int) -> Noise:
+        """The noise of directions ``lo`` to ``hi``; valid until the next call."""
+        if not (self._span.start <= lo and hi <= self._span.stop):
+            self._load(lo // self.block, -(-hi // self.block))
+        start = self._span.start
+        if (lo, hi) == (start, self._span.stop):
+            return self._noise
+        return tuple(part[lo - start : hi - start] for part in self._noise)
+
+    @property
+    def tiled(self) -> bool:
+        """Whether a part of a direction can be made without the rest."""
+        family = self.distribution
+        return self.block == 1 and isinstance(family, Dense) and type(family).draw is Dense.draw and self.replayable
+
+    def values(self, i: int, lo: int, hi: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Flat values ``lo`` to ``hi`` of direction ``i``, those of a long one by tiles if the family has them.
+
+        Returns:
+            Where each run of values begins, and the run; valid until the next.
+        """
+        family, space = self.distribution, self.space
+        if self.tiled:
+            return cast("Dense", family).tiles(space, self.seed, i, lo, hi)
+        noise = self.noise(i, i + 1)
+        if isinstance(family, Dense):
+            return iter([(lo, noise[0][0, lo:hi])])
+        parts = tuple(part[0] for part in family.parts(space, noise))
+        zeros = tuple(torch.zeros(shape, dtype=space.dtype, device=space.device) for shape in space.shapes)
+        return iter([(lo, space.join(family.shift(space, zeros, parts, (1.0,) * len(zeros)))[lo:hi])])
+
+    def add_sum(self, lo: int, c: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """``out + sum_i c_i eps_i`` over the block that begins at ``lo``; ``c`` is (rows, slices)."""
+        hi = lo + c.shape[0]
+        if self._span.start <= lo and hi <= self._span.stop:
+            noise = self.noise(lo, hi)
+        else:
+            # Elsewhere: an evaluator that is ahead of the sum may still be using what it was given.
+            noise = self._scratch = self._room(self._scratch, hi - lo)
+            self._draw(lo // self.block, noise)
+        return self.distribution.add_sum(self.space, noise, c, out)
+
+    def _room(self, noise: Noise, rows: int) -> Noise:
+        return noise if noise and noise[0].shape[0] == rows else self.distribution.empty(self.space, rows)
+
+    def _load(self, first: int, last: int) -> None:
+        room, self._span = self._noise, range(0)  # empty in case drawing fails halfway
+        if self._next is not None and self._next[:2] == (first, last):
+            _, _, self._noise, made = self._next
+            made.result()
+        else:
+            if self._next is not None:
+                wait([self._next[3]])  # it may not be written to any more
+            room, self._noise = (), self._fill(first, last, room)
+        lo, hi = self._bounds(first, last)
+        self._next = None
+        if hi < self.num and self._makes_ahead(sum(part.numel() for part in self._noise)):
+            stop = min(2 * last - first, -(-self.num // self.block))
+            room = self._room(room, operator.sub(*reversed(self._bounds(last, stop))))
+            self._next = last, stop, room, second_thread().submit(self._fill, last, stop, room)
+        self._span = range(lo, hi)
+
+    def _bounds(self, first: int, last: int) -> tuple[int, int]:
+        return first * self.block, min(last * self.block, self.num)
+
+    def _makes_ahead(self, values: int) -> bool:
+        if not (self.replayable and self.distribution.parallel) or self.space.device.type != "cpu":
+            return False
+        if self.prefetch is None:
+            return _LEAST_AHEAD <= values <= _MOST_AHEAD and cores() > 1 and not torch.is_inference_mode_enabled()
+        return self.prefetch and not torch.is_inference_mode_enabled()
+
+    def _fill(self, first: int, last: int, room: Noise) -> Noise:
+        lo, hi = self._bounds(first, last)
+        noise = self._room(room, hi - lo)
+        for block in range(first, last):
+            start = block * self.block - lo
+            whole = last - first == 1
+            self._draw(block, noise if whole else tuple(p[start : start + self.block] for p in noise))
+        return noise
+
+    def _draw(self, block: int, noise: Noise) -> None:
+        if self.replayable:
+            # The same bits in every thread: autocast is of the thread, and the sum draws without it.
+            with full_precision(self.space.device):
+                self.distribution.draw(self.space, noise, self.seed, block)
+            return
+        while len(self._kept) <= block:
+            rows = min(self.block, self.num - len(self._kept) * self.block)
+            fresh = self.distribution.empty(self.space, rows)
+            self.distribution.draw(self.space, fresh, self.seed, len(self._kept))
+            self._kept.append(fresh)
+        for part, kept in zip(noise, self._kept[block], strict=True):
+            part.copy_(kept)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self.replayable:
+            raise ReplayError(
+                f"the directions of {self.distribution} cannot be made again elsewhere: its `sample` gave two answers "
+                "for one state of torch's random stream. Draw from torch's random functions in it."
+            )
+        return {**self.__dict__, "_span": range(0), "_noise": (), "_scratch": (), "_kept": [], "_next": None}
+
+    def __repr__(self) -> str:
+        return f"Directions({self.distribution}, num={self.num}, size={self.space.size}, seed={self.seed})"

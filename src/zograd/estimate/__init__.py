@@ -1,0 +1,1 @@
+"""One estimate, from the parameters to the gradient; ``estimate.py`` is the file to read."""
