@@ -188,7 +188,9 @@ class Place:
         if threading.current_thread() is not threading.main_thread():
             fn, leaves = private(fn, leaves)
         self.job = job
-        self.objective: Objective = Objective(fn, replace(job.arguments, leaves=leaves), job.params, Habits(), job.policy)
+        self.objective: Objective = Objective(
+            fn, replace(job.arguments, leaves=leaves), job.params, Habits(), job.policy
+        )
         self.objective.counted = self._count
         self.points: Points = job.points
         self.proven: bool = False
