@@ -213,8 +213,8 @@ MUTANTS = [
     Mutant(
         "journal: a value of another side",
         "evaluators/journal.py",
-        "self._keep({i * sides + columns[j]: _bytes(value)}",
-        "self._keep({i * sides + j: _bytes(value)}",
+        "self._keep({i * sides + columns[j]: to_bytes(value)}",
+        "self._keep({i * sides + j: to_bytes(value)}",
         (JOURNAL,),
     ),
     Mutant(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zograd._base import checks
 from zograd._base.digest import Digest
 from zograd._base.versions import __version__
 from zograd.errors import RankError, ReplayError
@@ -80,15 +80,11 @@ class Distributed(Evaluator):
     """
 
     def __init__(self, group: Any = None, inner: Evaluator | str = "loop", timeout: float = 1800.0) -> None:
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
-            raise TypeError(
-                f"`Distributed(timeout=...)` must be a number of seconds, got {type(timeout).__name__} {timeout!r:.80}."
-            )
-        if not 0 < timeout < math.inf:
-            raise ValueError(f"`Distributed(timeout=...)` must be positive and finite, got {timeout}.")
         self.group: Any = group
         self.inner: Evaluator = as_evaluator(inner, "Distributed(inner=...)")
-        self.timeout: float = float(timeout)
+        self.timeout: float = checks.number(
+            timeout, "`Distributed(timeout=...)`", checks.POSITIVE_FINITE, kind="a number of seconds"
+        )
         self.batched: bool = self.inner.batched
 
     def __call__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -10,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from zograd._base.buffers import from_bytes, memory
 from zograd.errors import RankError
 
 if TYPE_CHECKING:
@@ -76,13 +76,13 @@ class Exchange:
         """
         if self._group is None or not data:
             return [data] * len(self.ranks)
-        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        mine = from_bytes(data, dtype=torch.uint8)
         everyone = [torch.empty(len(data), dtype=torch.uint8, device="cpu") for _ in self.ranks]
         try:
             dist.all_gather(everyone, mine, group=self._group)
         except RuntimeError as error:
             raise self._silent(error) from error
-        return [ctypes.string_at(part.data_ptr(), len(data)) for part in everyone]
+        return [bytes(memory(part)) for part in everyone]
 
     def name(self, indices: Sequence[int]) -> str:
         """How errors call ranks."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import json
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zograd._base import checks
+from zograd._base.buffers import from_bytes, to_bytes
 from zograd._base.digest import Digest, Undigestable, code_of
 from zograd._base.streams import CENTER
 from zograd._base.versions import __version__
@@ -79,10 +80,8 @@ class Journal(Evaluator):
         self, inner: Evaluator | str, path: str | os.PathLike[str], *, key: Callable[..., Any] | None = None
     ) -> None:
         self.inner: Evaluator = as_evaluator(inner, "Journal(inner)")
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"`Journal(path=...)` must be a path, got {type(path).__name__} {path!r:.80}.")
-        if key is not None and not callable(key):
-            raise TypeError(f"`Journal(key=...)` must be a function or None, got {type(key).__name__} {key!r:.80}.")
+        checks.instance(path, (str, os.PathLike), "`Journal(path=...)`", "a path")
+        checks.function(key, "`Journal(key=...)`", none=True)
         self.path: str = os.fspath(path)
         self.key: Callable[..., Any] | None = key
         self.batched: bool = self.inner.batched
@@ -161,7 +160,7 @@ class _Page:
         self._pending: dict[int, bytes] = {}  # not finite: of use only if the estimate comes to its end
         self.center = self._rows.pop(CENTER, None)
         if dropping(fn.policy) is None:  # what another policy gave up, this one has to evaluate
-            self._rows = {point: data for point, data in self._rows.items() if _finite(_from_bytes(data))}
+            self._rows = {point: data for point, data in self._rows.items() if _finite(from_bytes(data))}
 
     # ------------------------------------------------------------------------------------------ what is in the file
 
@@ -194,7 +193,7 @@ class _Page:
                 f"`Journal(path={self._ledger.path!r})`: {self.fn.name} returned values of shape "
                 f"{tuple(self.fn.shape)} now and others before: it is not a function of its arguments and seed alone."
             )
-        return _from_bytes(data).view(self.fn.shape)
+        return from_bytes(data, self.fn.shape)
 
     def recall_center(self) -> torch.Tensor:
         """The center's value, with what its evaluation had shown about ``fn``."""
@@ -202,7 +201,7 @@ class _Page:
         try:
             told = json.loads(head)
             dtype = _DTYPES[told["dtype"]]
-            exact = _from_bytes(data).view(told["shape"]).to(told["device"])
+            exact = from_bytes(data, told["shape"]).to(told["device"])
             self.fn.habits.differentiates |= bool(told["differentiates"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise JournalError(
@@ -226,7 +225,7 @@ class _Page:
             "device": str(value.device),
             "differentiates": self.fn.habits.differentiates,
         }
-        self._keep({CENTER: json.dumps(told).encode() + b"\0" + _bytes(value)}, finite=_finite(value))
+        self._keep({CENTER: json.dumps(told).encode() + b"\0" + to_bytes(value)}, finite=_finite(value))
         return value
 
     def listener(self, columns: list[int]) -> Callable[[int, int, Value], None]:
@@ -234,7 +233,7 @@ class _Page:
         sides = len(self.points.sides)
 
         def arrived(i: int, j: int, value: Value) -> None:
-            self._keep({i * sides + columns[j]: _bytes(value)}, finite=_finite(value))
+            self._keep({i * sides + columns[j]: to_bytes(value)}, finite=_finite(value))
 
         return arrived
 
@@ -252,7 +251,7 @@ class _Page:
             host = values.detach().to("cpu", torch.float64)
             finite = {point: _finite(host[at]) for point, at in fresh.items()}
             for which in (True, False):
-                self._keep({p: _bytes(host[at]) for p, at in fresh.items() if finite[p] is which}, finite=which)
+                self._keep({p: to_bytes(host[at]) for p, at in fresh.items() if finite[p] is which}, finite=which)
         if len(columns) == sides or not count:
             return piece if len(columns) == sides else values.new_empty((0, sides, *self.fn.shape))
         self._rows.update(self._pending)
@@ -334,13 +333,3 @@ def _finite(value: Value) -> bool:
     if isinstance(value, torch.Tensor):
         return bool(torch.isfinite(value).all())
     return math.isfinite(value)
-
-
-def _bytes(value: Value) -> bytes:
-    """The float64 values, as they are in memory."""
-    values = torch.as_tensor(value, dtype=torch.float64).detach().cpu().contiguous()
-    return ctypes.string_at(values.data_ptr(), 8 * values.numel()) if values.numel() else b""
-
-
-def _from_bytes(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.float64) if data else torch.empty(0, dtype=torch.float64)

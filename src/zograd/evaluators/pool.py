@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import math
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
+from zograd._base import checks
 from zograd._base.execution import cores
 from zograd.errors import ReplayError
 from zograd.evaluators.base import Evaluator
@@ -82,18 +82,16 @@ class Pool(Evaluator):
         workers: int | None = None,
         threads: int | None = 1,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("workers", workers), ("threads", threads)):
-            _check_count(value, name, none=name != "batch_size")
-        _check_timeout(timeout)
+        workers = checks.integer(workers, "`Pool(workers=...)`", least=1, none=True)
         made = not isinstance(executor, type) and callable(getattr(executor, "submit", None))
         if executor is not None and not made and not callable(executor):
             raise TypeError(
                 "`Pool(executor=...)` must be an Executor, a function that makes one, or None, got "
                 f"{type(executor).__name__} {executor!r:.80}.{_meant(executor)}"
             )
-        self.batch_size: int = batch_size
-        self.timeout: float | None = timeout
-        self.threads: int | None = threads
+        self.batch_size: int = checks.integer(batch_size, "`Pool(batch_size=...)`", least=1)
+        self.timeout: float | None = checks.number(timeout, "`Pool(timeout=...)`", checks.POSITIVE_FINITE, none=True)
+        self.threads: int | None = checks.integer(threads, "`Pool(threads=...)`", least=1, none=True)
         if executor is None:
             workers = workers or cores()
             executor = functools.partial(spawned, workers)
@@ -176,22 +174,3 @@ class Pool(Evaluator):
 def _meant(executor: Any) -> str:
     count = isinstance(executor, int) and not isinstance(executor, bool) and executor > 0
     return f" For that many processes write `Pool(workers={executor})`." if count else ""
-
-
-def _check_count(value: Any, name: str, *, none: bool) -> None:
-    if value is None and none:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        wanted = "an int or None" if none else "an int"
-        raise TypeError(f"`Pool({name}=...)` must be {wanted}, got {type(value).__name__} {value!r:.80}.")
-    if value < 1:
-        raise ValueError(f"`Pool({name}=...)` must be at least 1, got {value}.")
-
-
-def _check_timeout(value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`Pool(timeout=...)` must be a number or None, got {type(value).__name__} {value!r:.80}.")
-    if not 0 < value < math.inf:
-        raise ValueError(f"`Pool(timeout=...)` must be positive and finite, got {value!r}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import struct
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from zograd._base.buffers import from_bytes, to_bytes
 from zograd.errors import RankError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def gather(
         data = [reply[-8 * points :] for reply in replies]
     else:
         data = exchange.gather(_padded(report.values, points * shape.numel()))
-    rows = [_unpacked(part).view(points, *shape) for part in data]
+    rows = [from_bytes(part, (points, *shape)) for part in data]
     begin = int(center)
     parts = [row[begin : begin + count * sides] for row, count in zip(rows, share.counts, strict=True)]
     return rows[0][0], torch.cat(parts).view(sum(share.counts), sides, *shape)
@@ -114,15 +114,4 @@ def _check_reports(exchange: Exchange, heads: list[tuple[bool, int, str]], repor
 
 def _padded(values: torch.Tensor | None, count: int) -> bytes:
     """Float64 values as bytes, with zeros up to so many values."""
-    if values is None or not values.numel():
-        return bytes(8 * count)
-    values = values.contiguous()
-    return ctypes.string_at(values.data_ptr(), 8 * values.numel()).ljust(8 * count, b"\0")
-
-
-def _unpacked(data: bytes) -> torch.Tensor:
-    return (
-        torch.frombuffer(bytearray(data), dtype=torch.float64)
-        if data
-        else torch.empty(0, dtype=torch.float64, device="cpu")
-    )
+    return (b"" if values is None else to_bytes(values)).ljust(8 * count, b"\0")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zograd._base.buffers import from_bytes
 from zograd.errors import DeterminismError, EvaluationTimeout, WorkerError
 from zograd.evaluators.workers.shipping import unpacked_error
 from zograd.evaluators.workers.worker import CENTER_POINT, Answer, Parcel, Task, at_home, fingerprint, work
@@ -245,13 +246,13 @@ class Dispatch:
     def _take_center(self, answer: Answer) -> None:
         if answer.error is None:
             fn = self._fn
-            exact = _read(answer.data).view(answer.shape).to(self._job.space.device)
+            exact = from_bytes(answer.data, answer.shape).to(self._job.space.device)
             fn.recall(exact.to(_DTYPES[answer.dtype]))
             self._center = exact
 
     def _take_values(self, errand: _Errand, answer: Answer) -> int:
         shape, fn = self._fn.shape, self._fn
-        rows = _read(answer.data).view(-1, *shape) if shape.numel() else torch.empty((errand.points, *shape))
+        rows = from_bytes(answer.data, (-1, *shape)) if shape.numel() else torch.empty((errand.points, *shape))
         assert self._values is not None
         self._values.put(errand.lo, rows)
         if fn.arrived is not None:
@@ -436,7 +437,3 @@ class Dispatch:
             self._take(errand, future.result())
         except Exception:  # the first error is the one that is told
             return
-
-
-def _read(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.float64) if data else torch.empty(0, dtype=torch.float64)

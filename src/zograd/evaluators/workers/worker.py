@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import pickle
 import signal
@@ -11,13 +10,13 @@ import socket
 import threading
 import time
 import uuid
-from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from zograd._base.buffers import to_bytes
 from zograd._base.digest import Digest
 from zograd._base.streams import FnStream
 from zograd.distributions.directions import Directions
@@ -228,7 +227,7 @@ class Place:
             answer.error = error
         finally:
             objective.stream = None
-        answer.data = _bytes(values)
+        answer.data = b"".join(map(to_bytes, values))
         answer.counts = self._counts[0], self._counts[1], self._counts[2]
         answer.habits = objective.habits.differentiates, objective.habits.draws
         return answer
@@ -241,15 +240,6 @@ class Place:
             (point,) = points.rows(i, i + 1)
             for j in range(max(lo - i * count, 0), min(hi - i * count, count)):
                 yield self.objective(point(sides[j]), i)
-
-
-def _bytes(values: list[Value]) -> bytes:
-    """The values one after the other, as they are in memory."""
-    numbers = [value for value in values if isinstance(value, float)]
-    if len(numbers) == len(values):
-        return array("d", numbers).tobytes()
-    tensors = [torch.as_tensor(value).detach().to("cpu", torch.float64).contiguous() for value in values]
-    return b"".join(ctypes.string_at(t.data_ptr(), 8 * t.numel()) if t.numel() else b"" for t in tensors)
 
 
 def fingerprint(points: Points) -> bytes:
