@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from zograd._base import checks
 from zograd.errors import (
     BudgetExceeded,
     DeterminismError,
@@ -65,11 +66,8 @@ class Drop:
     min_success: float = 0.5
 
     def __post_init__(self) -> None:
-        typed, least = "`Drop(min_success=...)`", self.min_success
-        if isinstance(least, bool) or not isinstance(least, (int, float)):
-            raise TypeError(f"{typed} must be a number, got {type(least).__name__} {least!r:.80}.")
-        if not 0 < least <= 1:
-            raise ValueError(f"{typed} must lie above 0 and be at most 1, got {least!r}.")
+        least = checks.number(self.min_success, "`Drop(min_success=...)`", checks.FRACTION)
+        object.__setattr__(self, "min_success", least)
 
 
 @dataclass(frozen=True)
@@ -105,10 +103,7 @@ class Retry:
     then: Drop | str = "raise"
 
     def __post_init__(self) -> None:
-        if isinstance(self.times, bool) or not isinstance(self.times, int):
-            raise TypeError(f"`Retry(times=...)` must be an int, got {type(self.times).__name__} {self.times!r:.80}.")
-        if self.times < 1:
-            raise ValueError(f"`Retry(times=...)` must be at least 1, got {self.times}.")
+        object.__setattr__(self, "times", checks.integer(self.times, "`Retry(times=...)`", least=1))
         then: Any = self.then
         if isinstance(then, Drop) or then == "raise":
             return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from zograd._base import checks
+
 __all__ = ["Until"]
 
 
@@ -50,16 +52,11 @@ class Until:
 
     def __post_init__(self) -> None:
         typed = f"`Until(snr={self.snr!r}, at_most={self.at_most!r}, at_least={self.at_least!r})`"
-        if isinstance(self.snr, bool) or not isinstance(self.snr, (int, float)):
-            raise TypeError(f"{typed}: `snr` must be a number, got {type(self.snr).__name__}.")
-        if not 0 < self.snr < math.inf:
-            raise ValueError(f"{typed}: `snr` must be positive and finite, got {self.snr!r}.")
+        object.__setattr__(self, "snr", checks.number(self.snr, f"{typed}: `snr`", checks.POSITIVE_FINITE))
         if self.at_most is None:
             raise ValueError(f"{typed} needs a bound: where there is no gradient no number of directions is enough.")
         for name in ("at_most", "at_least"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{typed}: `{name}` must be an int, got {type(value).__name__} {value!r:.80}.")
+            object.__setattr__(self, name, checks.integer(getattr(self, name), f"{typed}: `{name}`"))
         if not 2 <= self.at_least <= self.at_most:
             default = " (16 unless it is given)" if self.at_least == 16 else ""
             raise ValueError(f"{typed}: `at_least`{default} must lie between 2 and `at_most`, got {self.at_least}.")

@@ -24,6 +24,8 @@ from typing import TypeAlias
 
 import torch
 
+from zograd._base import checks
+
 __all__ = ["Shaping", "centered_ranks", "leave_one_out", "standardize", "top_directions"]
 
 
@@ -177,10 +179,7 @@ class _TopDirections:
     largest: bool
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int):
-            raise TypeError(f"`top_directions(k=...)` must be an int, got {type(self.k).__name__} {self.k!r:.80}.")
-        if self.k < 1:
-            raise ValueError(f"`top_directions(k=...)` must be at least 1, got {self.k}.")
+        object.__setattr__(self, "k", checks.integer(self.k, "`top_directions(k=...)`", least=1))
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
         num = values.shape[0]

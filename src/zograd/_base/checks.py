@@ -78,7 +78,7 @@ def number(value: Any, typed: str, *ranges: Range, none: Literal[False] = False,
 @overload
 def number(value: Any, typed: str, *ranges: Range, none: Literal[True], kind: str = "a number") -> float | None: ...
 def number(value: Any, typed: str, *ranges: Range, none: bool = False, kind: str = "a number") -> float | None:
-    """Return a value as a float.
+    """Return a value as a number of Python, an int as it is.
 
     Args:
         value: a real number, or a tensor or array of one; no bool and no text.
@@ -105,7 +105,7 @@ def number(value: Any, typed: str, *ranges: Range, none: bool = False, kind: str
     for wanted in ranges:
         if not wanted.holds(real):
             raise ValueError(f"{typed} must {wanted.text}, got {given!r:.80}.")
-    return real
+    return given if isinstance(given, (int, float)) else real
 
 
 def instance(value: Any, classes: type | tuple[type, ...], typed: str, kind: str) -> None:

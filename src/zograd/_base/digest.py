@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import dis
 import enum
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _python_dispatch
+
+from zograd._base.buffers import memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -92,10 +93,7 @@ class Digest:
             for part in parts:
                 self._tensor(getattr(t, part)())
             return
-        plain = t.resolve_conj().resolve_neg().cpu().contiguous()
-        size = plain.numel() * plain.element_size()
-        if size:
-            self._hash.update((ctypes.c_ubyte * size).from_address(plain.data_ptr()))
+        self._hash.update(memory(t))
 
     def _array(self, a: Any) -> None:
         if a.dtype.hasobject:

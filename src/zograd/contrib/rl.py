@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zograd._base import checks
 from zograd._base.streams import current_seed
 
 if TYPE_CHECKING:
@@ -75,17 +76,12 @@ class Episodes:
         episodes: int = 1,
         bonus: float = 0.0,
     ) -> None:
-        for name, given in (("make", make), ("policy", policy)):
-            if not callable(given):
-                raise TypeError(f"`Episodes({name}=...)` must be a function, got {type(given).__name__} {given!r:.80}.")
-        if isinstance(episodes, bool) or not isinstance(episodes, int):
-            raise TypeError(f"`Episodes(episodes=...)` must be an int, got {type(episodes).__name__} {episodes!r:.80}.")
-        if episodes < 1:
-            raise ValueError(f"`Episodes(episodes=...)` must be at least 1, got {episodes}.")
+        checks.function(make, "`Episodes(make=...)`")
+        checks.function(policy, "`Episodes(policy=...)`")
         self.make: Callable[[], Any] = make
         self.policy: Callable[..., Callable[[Any], Any]] = policy
         self.normalizer: Normalizer | None = normalizer
-        self.episodes: int = episodes
+        self.episodes: int = checks.integer(episodes, "`Episodes(episodes=...)`", least=1)
         self.bonus: float = float(bonus)
         self.steps: int = 0
         self._own = threading.local()
@@ -239,12 +235,8 @@ class Normalizer:
     """
 
     def __init__(self, *, least: float = 1e-8, clip: float | None = None) -> None:
-        if not least > 0:
-            raise ValueError(f"`Normalizer(least=...)` must be positive, got {least}.")
-        if clip is not None and not clip > 0:
-            raise ValueError(f"`Normalizer(clip=...)` must be positive or None, got {clip}.")
-        self.least: float = least
-        self.clip: float | None = clip
+        self.least: float = checks.number(least, "`Normalizer(least=...)`", checks.POSITIVE)
+        self.clip: float | None = checks.number(clip, "`Normalizer(clip=...)`", checks.POSITIVE, none=True)
         self.known: Moments = Moments()
         self.seen: Moments = Moments()
         self._factor: Any = 1.0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zograd._base import checks
 from zograd._base.trees import Space, take_apart
 from zograd.diagnostics.moments import Moments, Samplings, dense, student
 from zograd.diagnostics.table import table
@@ -172,11 +173,13 @@ def _space(shape: Any, dtype: torch.dtype) -> Space:
     several = bool(given) and all(isinstance(s, (tuple, list)) for s in given)
     shapes = [tuple(s) for s in given] if several else [tuple(given)]
     for size in take_apart(shapes)[0]:
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"`check_distribution(shape=...)` must hold integers, got {shape!r:.80}.")
-        if size < 1:
+        try:
+            given_size = checks.integer(size, "a size")
+        except TypeError:
+            raise TypeError(f"`check_distribution(shape=...)` must hold integers, got {shape!r:.80}.") from None
+        if given_size < 1:
             raise ValueError(f"`check_distribution(shape=...)` must be of sizes of at least 1, got {shape!r:.80}.")
-    return Space(tuple(map(torch.Size, shapes)), (dtype,) * len(shapes), torch.device("cpu"))
+    return Space(tuple(torch.Size(map(int, s)) for s in shapes), (dtype,) * len(shapes), torch.device("cpu"))
 
 
 def limit(tests: int) -> float:

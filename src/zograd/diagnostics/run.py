@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zograd._base import checks
 from zograd.diagnostics import advice, probes, radii
 from zograd.diagnostics.distribution import check_distribution
 from zograd.diagnostics.report import Autograd, CheckReport
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from zograd.distributions.base import Distribution
 
 LEAST_BUDGET = 120
+_INTEGER = "an integer"  # the words for an int in the errors of `check`
 _SWEEP = 0.55  # of the rest
 _LEAST = 8  # directions that say more than the range's
 _TENTH = 0.1  # a bias or a difference from autograd above this is worth a note
@@ -85,7 +87,12 @@ def check(
         "Random gradient-free minimization of convex functions" (2017);
         arXiv:1905.01332 for the round-off of differences.
     """
-    chosen = _checked_settings(argnums, budget, seed)
+    chosen = tuple(argnums) if isinstance(argnums, (tuple, list)) else (argnums,)
+    chosen = tuple(checks.integer(a, "`check(argnums=...)`", kind=_INTEGER) for a in chosen)
+    budget = checks.integer(budget, "`check(budget=...)`", kind=_INTEGER)
+    if budget < LEAST_BUDGET:
+        raise ValueError(f"`check(budget=...)` must be at least {LEAST_BUDGET} evaluations, got {budget}.")
+    seed = checks.seed(seed, "`check(seed=...)`", kind=_INTEGER)
     states = RandomStates(torch.device("cpu"))
     try:
         subject = Subject(fn, args, kwargs, chosen, budget)
@@ -98,18 +105,6 @@ def check(
             reach.restore()
     finally:
         states.restore()
-
-
-def _checked_settings(argnums: Any, budget: Any, seed: Any) -> tuple[int, ...]:
-    chosen = tuple(argnums) if isinstance(argnums, (tuple, list)) else (argnums,)
-    for name, value in (*(("argnums", a) for a in chosen), ("budget", budget), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"`check({name}=...)` must be an integer, got {type(value).__name__} {value!r:.80}.")
-    if budget < LEAST_BUDGET:
-        raise ValueError(f"`check(budget=...)` must be at least {LEAST_BUDGET} evaluations, got {budget}.")
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"`check(seed=...)` must lie in [0, 2**63), got {seed}.")
-    return chosen
 
 
 @dataclass(frozen=True)

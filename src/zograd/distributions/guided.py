@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from zograd._base import checks
+from zograd._base.buffers import memory
 from zograd._base.execution import one_thread
 from zograd._base.trees import take_apart
 from zograd.distributions.base import TILE, Dense, Noise, fill_tiles
@@ -74,11 +76,7 @@ class Guided(Dense):
     parallel: ClassVar[bool] = True
 
     def __init__(self, basis: Any, alpha: float = 0.5) -> None:
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise TypeError(f"`Guided(alpha=...)` must be a number, got {type(alpha).__name__} {alpha!r:.80}.")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"`Guided(alpha=...)` must lie in [0, 1], got {alpha}.")
-        self.alpha: float = float(alpha)
+        self.alpha: float = float(checks.number(alpha, "`Guided(alpha=...)`", checks.UNIT))
         # Copies: directions are made again in backward, and a buffer of surrogates may have moved on by then.
         self._leaves: tuple[torch.Tensor, ...] = tuple(_checked(leaf) for leaf in take_apart(basis)[0])
         if not sum(leaf.numel() for leaf in self._leaves):
@@ -186,7 +184,7 @@ class Guided(Dense):
 
 
 def _digest(so_far: int, leaf: torch.Tensor) -> int:
-    return zlib.crc32(leaf.view(-1).view(torch.uint8).cpu().numpy().tobytes(), so_far)
+    return zlib.crc32(memory(leaf), so_far)
 
 
 def _shapes(shapes: Sequence[torch.Size]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 
+from zograd._base import checks
 from zograd._base.execution import full_precision
 from zograd.distributions.base import Noise, Tiled
 from zograd.distributions.factored import Factored
@@ -75,11 +76,7 @@ class LowRank(Tiled):
     factored: ClassVar[bool] = True
 
     def __init__(self, rank: int = 1) -> None:
-        if isinstance(rank, bool) or not isinstance(rank, int):
-            raise TypeError(f"`LowRank(rank=...)` must be an int, got {type(rank).__name__} {rank!r}.")
-        if rank < 1:
-            raise ValueError(f"`LowRank(rank=...)` must be at least 1, got {rank}.")
-        self.rank: int = rank
+        self.rank: int = checks.integer(rank, "`LowRank(rank=...)`", least=1)
 
     def __repr__(self) -> str:
         return f"LowRank(rank={self.rank})"

@@ -82,9 +82,10 @@ class Distributed(Evaluator):
     def __init__(self, group: Any = None, inner: Evaluator | str = "loop", timeout: float = 1800.0) -> None:
         self.group: Any = group
         self.inner: Evaluator = as_evaluator(inner, "Distributed(inner=...)")
-        self.timeout: float = checks.number(
+        seconds = checks.number(
             timeout, "`Distributed(timeout=...)`", checks.POSITIVE_FINITE, kind="a number of seconds"
         )
+        self.timeout: float = float(seconds)
         self.batched: bool = self.inner.batched
 
     def __call__(

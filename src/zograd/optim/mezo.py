@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zograd._base import checks
 from zograd._base.streams import FnStream, derive, draw_seed
 from zograd._base.trees import Leaves, Space, unsupported
 from zograd.distributions.adapter import adapt
@@ -90,16 +90,15 @@ class MeZO(torch.optim.Optimizer):
         seed: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int):
-            raise TypeError(
-                f"`MeZO(num_samples=...)` must be an int, got {type(num_samples).__name__} {num_samples!r}."
-            )
-        if num_samples < 1:
-            raise ValueError(f"`MeZO(num_samples=...)` must be at least 1, got {num_samples}.")
-        _check_streams(seed, generator)
-        self.num_samples: int = num_samples
+        self.num_samples: int = checks.integer(num_samples, "`MeZO(num_samples=...)`", least=1)
+        if seed is not None:
+            seed = checks.seed(seed, "`MeZO(seed=...)`", kind="an int or None")
+        if generator is not None:
+            checks.instance(generator, torch.Generator, "`MeZO(generator=...)`", "a torch.Generator or None")
+        if seed is not None and generator is not None:
+            raise ValueError("`MeZO(generator=..., seed=...)` must not have both: `seed` fixes every step.")
         self.distribution: Distribution = adapt(distribution, "MeZO")
-        self.records: Records = Records(num_samples, repr(self.distribution))
+        self.records: Records = Records(self.num_samples, repr(self.distribution))
         self._seed, self._generator, self._warned = seed, generator, False
         super().__init__(params, {"lr": lr, "sigma": sigma, "weight_decay": weight_decay})
 
@@ -309,29 +308,10 @@ def replay(records: Records, params: Iterable[torch.Tensor], distribution: Distr
             update(leaves, groups, Directions(family, space, seed, records.num_samples), coefficients)
 
 
-def _check_streams(seed: Any, generator: Any) -> None:
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"`MeZO(seed=...)` must be an int or None, got {type(seed).__name__} {seed!r:.80}.")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        got = f"{type(generator).__name__} {generator!r:.80}"
-        raise TypeError(f"`MeZO(generator=...)` must be a torch.Generator or None, got {got}.")
-    if seed is not None and not 0 <= seed < 1 << 63:
-        raise ValueError(f"`MeZO(seed=...)` must lie in [0, 2**63), got {seed}.")
-    if seed is not None and generator is not None:
-        raise ValueError("`MeZO(generator=..., seed=...)` must not have both: `seed` fixes every step.")
-
-
 def _setting(group: dict[str, Any], name: str) -> float:
-    """A number of a group, which may be a tensor, as torch's optimizers have it."""
-    value = group[name]
-    number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-    if isinstance(number, bool) or not isinstance(number, Real):
-        raise TypeError(f"`MeZO({name}=...)` must be a number, got {type(value).__name__} {value!r:.80}.")
-    setting = float(number)
-    if not (setting > 0 if name == "sigma" else setting >= 0) or math.isinf(setting):
-        limit = "positive and finite" if name == "sigma" else "at least 0 and finite"
-        raise ValueError(f"`MeZO({name}=...)` must be {limit}, got {value!r}.")
-    return setting
+    """Return a number of a group, which may be a tensor, as torch's optimizers have it."""
+    wanted = checks.POSITIVE_FINITE if name == "sigma" else checks.NOT_NEGATIVE_FINITE
+    return float(checks.number(group[name], f"`MeZO({name}=...)`", wanted))
 
 
 def _evaluate(

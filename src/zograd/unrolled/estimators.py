@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, cast
 
 import torch
 
+from zograd._base import checks
 from zograd._base.streams import derive, draw_seed
 from zograd._base.trees import Arguments, take_apart
 from zograd.evaluators.objective import Habits, function_name
@@ -83,8 +84,7 @@ class UnrolledEstimator(ABC):
         seed: int | None = None,
     ) -> None:
         call = type(self).__name__
-        if not callable(fn):
-            raise TypeError(f"`{call}(fn)` must be a function, got {type(fn).__name__} {fn!r:.80}.")
+        checks.function(fn, f"`{call}(fn)`")
         if isinstance(num_samples, Until):
             raise TypeError(f"`{call}(num_samples=...)` must be an int, got {num_samples}: each particle has a state.")
         self.options: Options = Options.make(
@@ -143,7 +143,7 @@ class UnrolledEstimator(ABC):
             ValueError: if ``params`` has nothing to differentiate, ``offsets`` is less than 1, or more in
                 :class:`TruncatedES`, whose particles carry no state.
         """
-        _check_offsets(offsets, self.options.call, carries=self._carries)
+        offsets = _offsets(offsets, self.options.call, carries=self._carries)
         setup, arguments, tensors = set_up(self.options, self._fn, params, args)
         device, num = setup.space.device, setup.recipe.num_samples
         layout, leaves = Layout.of(state, device, f"`{self.options.call}.init(params, state)`")
@@ -451,11 +451,9 @@ def _mask(given: Any, typed: str) -> torch.Tensor:
     return mask
 
 
-def _check_offsets(offsets: Any, call: str, *, carries: bool) -> None:
+def _offsets(offsets: Any, call: str, *, carries: bool) -> int:
     typed = f"`{call}.init(offsets=...)`"
-    if isinstance(offsets, bool) or not isinstance(offsets, int):
-        raise TypeError(f"{typed} must be an int, got {type(offsets).__name__} {offsets!r:.80}.")
-    if offsets < 1:
-        raise ValueError(f"{typed} must be at least 1, got {offsets}.")
-    if offsets > 1 and not carries:
-        raise ValueError(f"{typed} must be 1, got {offsets}: its particles all begin in the center's state.")
+    given = checks.integer(offsets, typed, least=1)
+    if given > 1 and not carries:
+        raise ValueError(f"{typed} must be 1, got {given}: its particles all begin in the center's state.")
+    return given
