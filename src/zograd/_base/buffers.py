@@ -18,10 +18,7 @@ def memory(tensor: torch.Tensor) -> ctypes.Array[ctypes.c_ubyte]:
     numpy, which has this as a method, need not be installed.
     """
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    size = plain.numel() * plain.element_size()
-    if not size:
-        return (ctypes.c_ubyte * 0)()
-    buffer = (ctypes.c_ubyte * size).from_address(plain.data_ptr())
+    buffer = (ctypes.c_ubyte * (plain.numel() * plain.element_size())).from_address(plain.data_ptr())
     buffer.tensor = plain  # type: ignore[attr-defined]  # the memory lives as long as its owner
     return buffer
 
