@@ -88,9 +88,9 @@ class Guided(Dense):
         """The same surrogates in units of the smoothing radius of each leaf."""
         if len(set(sigma)) == 1:
             return self
-        twin = copy.copy(self)
-        twin._sigma, twin._made = tuple(s / max(sigma) for s in sigma), None
-        return twin
+        scaled = copy.copy(self)
+        scaled._sigma, scaled._made = tuple(s / max(sigma) for s in sigma), None
+        return scaled
 
     def rows(self, space: Space, num: int) -> int:
         """As many rows as make about 2**16 values, once the basis is known to fit."""
