@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from zograd._base import checks
 from zograd.errors import BudgetExceeded
 
 if TYPE_CHECKING:
@@ -100,19 +101,9 @@ class Tracker:
         progress: bool = False,
         callback: Callable[[TrackedEstimate], Any] | None = None,
     ) -> None:
-        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int)):
-            raise TypeError(
-                f"`Tracker(budget=...)` must be an int or None, got {type(budget).__name__} {budget!r:.80}."
-            )
-        if budget is not None and budget < 0:
-            raise ValueError(f"`Tracker(budget=...)` must be at least 0, got {budget}.")
-        if not isinstance(progress, bool):
-            raise TypeError(f"`Tracker(progress=...)` must be a bool, got {type(progress).__name__} {progress!r:.80}.")
-        if callback is not None and not callable(callback):
-            raise TypeError(
-                f"`Tracker(callback=...)` must be a function or None, got {type(callback).__name__} {callback!r:.80}."
-            )
-        self.budget: int | None = budget
+        checks.boolean(progress, "`Tracker(progress=...)`")
+        checks.function(callback, "`Tracker(callback=...)`", none=True)
+        self.budget: int | None = checks.integer(budget, "`Tracker(budget=...)`", least=0, none=True)
         self.evaluations: int = 0
         self.retries: int = 0
         self.failures: int = 0

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from zograd._base import checks
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -100,23 +102,12 @@ def as_evaluator(inner: Evaluator | str, typed: str) -> Evaluator:
 
 def check_chunk_size(chunk_size: int | None, name: str) -> int | None:
     """Refuse a chunk that holds nothing."""
-    if chunk_size is None:
-        return None
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(
-            f"`{name}(chunk_size=...)` must be an int or None, got {type(chunk_size).__name__} {chunk_size!r}."
-        )
-    if chunk_size < 1:
-        raise ValueError(f"`{name}(chunk_size=...)` must be at least 1, got {chunk_size}.")
-    return chunk_size
+    return checks.integer(chunk_size, f"`{name}(chunk_size=...)`", least=1, none=True)
 
 
 def check_prefetch(prefetch: bool | None, name: str) -> bool | None:
     """Refuse what is neither a bool nor None."""
-    if prefetch is not None and not isinstance(prefetch, bool):
-        raise TypeError(
-            f"`{name}(prefetch=...)` must be a bool or None, got {type(prefetch).__name__} {prefetch!r:.80}."
-        )
+    checks.boolean(prefetch, f"`{name}(prefetch=...)`", none=True)
     return prefetch
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zograd._base import checks
 from zograd._base.trees import numbers
 from zograd.distributions.adapter import adapt
 from zograd.estimate.surrogate import refusal
@@ -220,7 +219,7 @@ def _argnums(value: Any, typed: str, call: str) -> tuple[int, ...]:
     given = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if not given:
         raise ValueError(f"{typed} must name an argument, got {value!r}.")
-    argnums = tuple(_integer(a, typed) for a in given)
+    argnums = tuple(checks.integer(a, typed) for a in given)
     if min(argnums) < 0:
         raise ValueError(f"{typed} must count positional arguments from 0, got {value!r}.")
     if len(set(argnums)) != len(argnums):
@@ -228,22 +227,10 @@ def _argnums(value: Any, typed: str, call: str) -> tuple[int, ...]:
     return argnums
 
 
-def _integer(value: Any, typed: str) -> int:
-    try:
-        if isinstance(value, (bool, torch.Tensor)):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{typed} must be an int, got {type(value).__name__} {value!r}.") from None
-
-
 def _num_samples(value: Any, typed: str, call: str) -> int | Until | None:
     if value is None or isinstance(value, Until):
         return value
-    num = _integer(value, typed)
-    if num < 1:
-        raise ValueError(f"{typed} must be at least 1, got {num}.")
-    return num
+    return checks.integer(value, typed, least=1)
 
 
 def _sigma(value: Any, typed: str, call: str) -> Any:
@@ -253,23 +240,8 @@ def _sigma(value: Any, typed: str, call: str) -> Any:
     if not leaves:
         raise ValueError(f"{typed} must be a positive number or a tree of them, got {value!r}.")
     for leaf in leaves:
-        _check_radius(leaf, typed)
+        checks.number(leaf, typed, checks.POSITIVE, checks.FINITE, kind="a number or a tree of numbers")
     return float(value) if len(leaves) == 1 and leaves[0] is value else value
-
-
-def _check_radius(value: Any, typed: str) -> None:
-    try:
-        if isinstance(value, (bool, str)):
-            raise TypeError
-        radius = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"{typed} must be a number or a tree of numbers, got {type(value).__name__} {value!r:.80}."
-        ) from None
-    if not radius > 0:
-        raise ValueError(f"{typed} must be positive, got {radius!r}.")
-    if math.isinf(radius):
-        raise ValueError(f"{typed} must be finite, got {radius!r}.")
 
 
 def _evaluator(value: Any, typed: str, call: str) -> Evaluator:
@@ -318,25 +290,19 @@ def _failures(value: Any, typed: str, call: str) -> Failures:
 def _batch_dim(value: Any, typed: str, call: str) -> int | None:
     if value is None:
         return None
-    dim = _integer(value, typed)
+    dim = checks.integer(value, typed)
     if dim < 0:
         raise ValueError(f"{typed} must count dimensions from 0, since leaves may differ in theirs, got {dim}.")
     return dim
 
 
 def _generator(value: Any, typed: str, call: str) -> torch.Generator | None:
-    if value is not None and not isinstance(value, torch.Generator):
-        raise TypeError(f"{typed} must be a torch.Generator or None, got {type(value).__name__} {value!r}.")
-    return value
+    checks.instance(value, (torch.Generator, type(None)), typed, "a torch.Generator or None")
+    return value  # type: ignore[no-any-return]
 
 
 def _seed(value: Any, typed: str, call: str) -> int | None:
-    if value is None:
-        return None
-    seed = _integer(value, typed)
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"{typed} must lie in [0, 2**63), got {seed}.")
-    return seed
+    return None if value is None else checks.seed(value, typed)
 
 
 _CHECKS: dict[str, Any] = {
