@@ -112,7 +112,7 @@ def main():
                 path.mkdir()
                 while injected(path) < given.count:
                     end, fine, slow = outcome(pool, path, fault, chance)
-                    pids |= {int(name.split(":")[1]) for name in pool._crew.names}
+                    pids |= {int(name.split(":")[1]) for name in pool._workers.names}
                     counts["estimates"] += 1
                     ends[end] += 1
                     wrong += not fine

@@ -34,15 +34,18 @@ class Listening(Evaluator):
     def __init__(self, inner):
         self.inner, self.heard = inner, collections.Counter()
 
-    def __call__(self, fn, points, lo=0, hi=None, *, center=True):
-        fn.arrived = lambda i, j, value: self.heard.update([(i, j)])
-        yield from self.inner(fn, points, lo, hi, center=center)
+    def center(self, fn, points):
+        return self.inner.center(fn, points)
+
+    def values(self, fn, points, lo=0, hi=None):
+        fn.arrived = lambda number, value: self.heard.update([number])
+        return self.inner.values(fn, points, lo, hi)
 
 
 def kill_some(pool, chance, over, killed):
     """Kill one of the workers now and then."""
     while not over.wait(chance.expovariate(WORKERS / LIFE)):
-        executor = pool._crew._executor
+        executor = pool._workers._executor
         pids = list(getattr(executor, "_processes", None) or {})
         if pids:
             try:

@@ -63,8 +63,8 @@ MUTANTS = [
     Mutant(
         "baseline overwritten in the loop",
         "estimate/estimate.py",
-        "return scheme.combine(tensor_of(piece), center)",
-        "return scheme.combine(v := tensor_of(piece), torch.cat([center[None], v[:-1, -1]]))",
+        "coefficients.append(s.combine(piece, center))",
+        "coefficients.append(s.combine(piece, torch.cat([center[None], piece[:-1, -1]])))",
         (STATISTICS, EXACT),
     ),
     Mutant(
@@ -83,16 +83,16 @@ MUTANTS = [
     ),
     Mutant(
         "the pair evaluated with different noise",
-        "evaluators/points.py",
-        "shift(d.space, self.params, parts, self._scales[side], rooms)",
-        "shift(d.space, self.params, parts if side > 0 else [p.flip(-1) for p in parts], self._scales[side], rooms)",
+        "evaluators/task/points.py",
+        "yield shift(space, self.params, row, scale)",
+        "yield shift(space, self.params, row if scale[0] > 0 else [p.flip(-1) for p in row], scale)",
         (EXACT, STATISTICS),
     ),
     Mutant(
         "divided twice by N",
         "distributions/sums.py",
-        "divisor = len(self._directions) /",
-        "divisor = len(self._directions) ** 2 /",
+        "divisor = (len(d) if num is None else num) /",
+        "divisor = (len(d) if num is None else num) ** 2 /",
         (EXACT, STATISTICS),
     ),
     Mutant(
@@ -122,15 +122,15 @@ MUTANTS = [
     Mutant(
         "center not shared",
         "estimate/estimate.py",
-        "shared=recipe.scheme.uses_center",
+        "shared=s.scheme.uses_center",
         "shared=False",
         ("test_random_state.py",),
     ),
     Mutant(
         "noise in the parameter's low precision",
         "distributions/base.py",
-        "point = torch.add(leaf.to(eps.dtype), eps, alpha=scale)",
-        "point = torch.add(leaf, (eps * scale).to(leaf.dtype))",
+        "return torch.add(leaf.to(eps.dtype), eps, alpha=scale).to(leaf.dtype)",
+        "return torch.add(leaf, (eps * scale).to(leaf.dtype))",
         (EXACT, STATISTICS, "test_distributions.py"),
     ),
     Mutant(
@@ -185,8 +185,8 @@ MUTANTS = [
     Mutant(
         "sigma of the wrong leaf",
         "distributions/sums.py",
-        "zip(self._space.split(self._sum), self._sigma, strict=True)",
-        "zip(self._space.split(self._sum), self._sigma[::-1], strict=True)",
+        "zip(space.split(self._sum), self._sigma, strict=True)",
+        "zip(space.split(self._sum), self._sigma[::-1], strict=True)",
         ("test_contracts.py", "test_nn.py"),
     ),
     Mutant(
@@ -206,8 +206,8 @@ MUTANTS = [
     Mutant(
         "forward mode of forward mode lost",
         "func/autograd.py",
-        "forward_ad._set_fwd_grad_enabled(True)",
-        "forward_ad._set_fwd_grad_enabled(False)",
+        "        with forward_mode_enabled():\n            vector",
+        "        if True:\n            vector",
         ("test_second_derivatives.py",),
     ),
     Mutant(
@@ -220,7 +220,7 @@ MUTANTS = [
     Mutant(
         "journal: one key for all distributions",
         "evaluators/journal.py",
-        "digest.add([leaf.detach() for leaf in first(points.sides[0])])",
+        "    digest.add([leaf.detach() for leaf in points.first()])\n",
         "",
         (JOURNAL,),
     ),
@@ -234,22 +234,22 @@ MUTANTS = [
     Mutant(
         "journal: values written as they are yielded only",
         "evaluators/journal.py",
-        "fn.arrived = page.listener(columns)",
+        "fn.arrived = recorded.listener(columns)",
         "fn.arrived = None",
         (JOURNAL,),
     ),
     Mutant(
         "journal: a module's center is read",
         "evaluators/journal.py",
-        'asked = center and (page.center is None or hasattr(fn.fn, "at_center"))',
-        "asked = center and page.center is None",
+        "if recorded.center is not None and not leaves_traces(fn.fn):",
+        "if recorded.center is not None:",
         (JOURNAL,),
     ),
     Mutant(
         "journal: what the center showed about fn is forgotten",
         "evaluators/journal.py",
-        'self.fn.habits.differentiates |= bool(told["differentiates"])',
-        'self.fn.habits.differentiates |= told["differentiates"] is None',
+        'answer.report.facts.differentiates = bool(told["differentiates"])',
+        'answer.report.facts.differentiates = told["differentiates"] is None',
         (JOURNAL,),
     ),
     Mutant(
@@ -289,17 +289,17 @@ MUTANTS = [
     ),
     Mutant(
         "tracker: evaluations count once they are done",
-        "evaluators/objective.py",
-        "        if self.counted is not None:\n            self.count(params[0].shape[0] if vmapped or rows else 1)\n",
-        "",
+        "evaluators/task/objective.py",
+        "            self.counted(evaluations, retries, failures)\n\n    def _call",
+        "            self.counted(0, retries, failures)\n\n    def _call",
         (TRACKING,),
     ),
     Mutant(
         "tracker: the seed is drawn before the budget is asked",
-        "func/autograd.py",
-        "        with Tally(objective.name, setup.recipe.evaluations) as tally:",
-        "        draw_seed(setup.seed, setup.generator)\n"
-        "        with Tally(objective.name, setup.recipe.evaluations) as tally:",
+        "func/call.py",
+        "        with RunningEstimate(objective.name, self.settings.evaluations) as running:",
+        "        draw_seed(self.seed, self.generator)\n"
+        "        with RunningEstimate(objective.name, self.settings.evaluations) as running:",
         (TRACKING,),
     ),
     Mutant(
@@ -325,9 +325,9 @@ MUTANTS = [
     ),
     Mutant(
         "distributed: each rank keeps its own center",
-        "evaluators/reports.py",
-        "    return rows[0][0], torch.cat",
-        "    return report.values[: shape.numel()].view(shape), torch.cat",
+        "evaluators/distributed.py",
+        "values=values[0].to(answer.device)",
+        "values=values[exchange.index].to(answer.device)",
         (DISTRIBUTED,),
     ),
     Mutant(
@@ -339,16 +339,16 @@ MUTANTS = [
     ),
     Mutant(
         "distributed: a rank that raises leaves the others waiting",
-        "evaluators/distributed.py",
-        "    except (Exception, SystemExit) as error:",
-        "    except SystemExit as error:",
+        "evaluators/ranks.py",
+        "        except (Exception, SystemExit) as error:",
+        "        except SystemExit as error:",
         (DISTRIBUTED,),
     ),
     Mutant(
         "distributed: what the others evaluated is counted here",
         "evaluators/distributed.py",
-        "        fn.repeated -= (hi - lo - share.mine) * len(points.sides)\n",
-        "",
+        "        return gather(exchange,",
+        "        fn.evaluations += (hi - lo - share.mine) * len(points.offsets)\n        return gather(exchange,",
         (DISTRIBUTED,),
     ),
     Mutant(
@@ -361,14 +361,14 @@ MUTANTS = [
     Mutant(
         "the directions that must survive are counted by the bound of Until",
         "estimate/estimate.py",
-        "check_survivors(drop, lost, hi, objective.name)",
-        "check_survivors(drop, lost, len(points), objective.name)",
+        "check_survivors(drop, lost, len(values), objective.name)",
+        "check_survivors(drop, lost, len(points.directions), objective.name)",
         ("test_until.py",),
     ),
     Mutant(
         "vjp forgets the surrogate",
         "estimate/result.py",
-        "        if self._flat is None:\n            flat = contract(",
+        "        if self.flat is None:\n            flat = contract(",
         "        if True:\n            flat = contract(",
         ("test_surrogate.py",),
     ),
@@ -444,16 +444,16 @@ MUTANTS = [
     ),
     Mutant(
         "the mean over all directions where some were dropped",
-        "estimate/evidence.py",
+        "estimate/settings.py",
         "out[alive] = rows * (len(alive) / len(rows))",
         "out[alive] = rows",
         (FAILURES,),
     ),
     Mutant(
         "a retry at the point that fn wrote to",
-        "evaluators/objective.py",
-        "value = evaluate(tuple(p.clone() for p in params) if left else params)",
-        "value = evaluate(params)",
+        "evaluators/task/objective.py",
+        "again = functools.partial(points.__getitem__, number)",
+        "again = lambda p=points[number]: p",
         (FAILURES,),
     ),
     Mutant(
@@ -466,8 +466,9 @@ MUTANTS = [
     Mutant(
         "values in the order of their arrival",
         "evaluators/workers/dispatch.py",
-        "        at = point - self.first\n",
-        "        at = sum(self.there)\n",
+        "            while (answer := self._error or task.done()) is None:\n                self._step()\n",
+        "            while (answer := self._error or next(filter(None, (t.done() for t in tasks)), None)) is None:\n"
+        "                self._step()\n",
         (POOL,),
     ),
     Mutant(
@@ -494,7 +495,7 @@ MUTANTS = [
     Mutant(
         "the parameters with every task",
         "evaluators/workers/dispatch.py",
-        "with_job = errand.with_job or self._sent < self._crew.workers",
+        "with_job = pending.with_job or self._pickled.sent < self._workers.workers",
         "with_job = True",
         (POOL,),
     ),
@@ -522,7 +523,7 @@ MUTANTS = [
     Mutant(
         "an error tells a module's user to name an argument that a module has not",
         "func/decorator.py",
-        'module=self.options.call != "zero_order"',
+        'module=o.call != "zero_order"',
         "module=False",
         ("test_first_hour.py",),
     ),

@@ -15,7 +15,7 @@ from zograd.distributions.adapter import adapt
 from zograd.distributions.base import Dense
 from zograd.distributions.directions import Directions
 from zograd.evaluators import EVALUATORS, Evaluator
-from zograd.evaluators.points import Points
+from zograd.evaluators.task.answer import Answer
 from zograd.schemes import SCHEMES
 
 
@@ -378,27 +378,25 @@ def test_an_estimate_is_its_definition(scheme, distribution, evaluator, dtype):
 
 
 def one(fn, points, i):
-    """The values of direction i, one call a side."""
-    (point,) = points.rows(i, i + 1)
-    return torch.stack([torch.as_tensor(fn(point(side), i), dtype=torch.float64) for side in points.sides])
+    """The values of direction i, one call an offset."""
+    return fn.take(fn.evaluate(points, i, i + 1), points)[0]
 
 
 class Fake(Evaluator):
     """An evaluator as strange as the contract allows."""
 
-    def __call__(self, fn, points, lo=0, hi=None, *, center=True):
-        if center:
-            yield fn.center(points.center())
-        yield from self.values(fn, points, range(lo, len(points) if hi is None else hi))
+    def values(self, fn, points, lo=0, hi=None):
+        for piece in self.pieces(fn, points, range(lo, len(points.directions) if hi is None else hi)):
+            yield Answer(piece)
 
-    def values(self, fn, points, indices):
+    def pieces(self, fn, points, indices):
         raise NotImplementedError
 
 
 class OddPieces(Fake):
     """1 direction, then 7, then 3, ... whatever the blocks are."""
 
-    def values(self, fn, points, indices):
+    def pieces(self, fn, points, indices):
         sizes = itertools.cycle([1, 7, 3, 19])
         while indices:
             size = next(sizes)
@@ -409,7 +407,7 @@ class OddPieces(Fake):
 class Empty(Fake):
     """Pieces of no direction in between."""
 
-    def values(self, fn, points, indices):
+    def pieces(self, fn, points, indices):
         for i in indices:
             yield one(fn, points, i)[None]
             yield one(fn, points, i)[None][:0]
@@ -418,10 +416,10 @@ class Empty(Fake):
 class Repeats(Fake):
     """Evaluates points again and again, as retries do, and yields each once."""
 
-    def values(self, fn, points, indices):
+    def pieces(self, fn, points, indices):
         for i in indices:
             for _ in range(i % 3):
-                one(fn, points, (i * 7) % len(points))
+                one(fn, points, (i * 7) % len(points.directions))
             values = [one(fn, points, i) for _ in range(1 + i % 2)]
             yield values[-1][None]
 
@@ -429,7 +427,7 @@ class Repeats(Fake):
 class Reversed(Fake):
     """Evaluates in reverse and yields in order, all at once."""
 
-    def values(self, fn, points, indices):
+    def pieces(self, fn, points, indices):
         done = {i: one(fn, points, i) for i in reversed(indices)}
         yield torch.stack([done[i] for i in indices])
 
@@ -437,13 +435,11 @@ class Reversed(Fake):
 class Late(Fake):
     """Evaluates block by block and yields what it has five directions later, as a queue of workers would."""
 
-    def values(self, fn, points, indices):
+    def pieces(self, fn, points, indices):
         ready = []
         for lo, hi in points.spans(points.directions.block, indices.start, indices.stop):
-            for i, point in enumerate(points.rows(lo, hi), lo):
-                ready.append(
-                    torch.stack([torch.as_tensor(fn(point(side), i), dtype=torch.float64) for side in points.sides])
-                )
+            for row in fn.take(fn.evaluate(points, lo, hi), points):
+                ready.append(row)
                 if len(ready) > 5:
                     yield ready.pop(0)[None]
         yield torch.stack(ready)
@@ -452,7 +448,7 @@ class Late(Fake):
 class Ahead(Fake):
     """Draws and evaluates one block ahead of what it yields."""
 
-    def values(self, fn, points, indices):
+    def pieces(self, fn, points, indices):
         pending = None
         for lo, hi in points.spans(points.directions.block, indices.start, indices.stop):
             values = torch.stack([one(fn, points, i) for i in range(lo, hi)])
@@ -472,21 +468,18 @@ class Halves(Evaluator):
     def batched(self):
         return self.inner.batched
 
-    def __call__(self, fn, points, lo=0, hi=None, *, center=True):
-        yield from self.inner(fn, points, lo, self.at, center=center)
-        yield from self.inner(fn, points, self.at, hi, center=False)
+    def values(self, fn, points, lo=0, hi=None):
+        yield from self.inner.values(fn, points, lo, self.at)
+        yield from self.inner.values(fn, points, self.at, hi)
 
 
 class Pickled(Fake):
-    """Sends the directions through pickle, as processes do."""
+    """Sends function and points through pickle, as processes do."""
 
-    def values(self, fn, points, indices):
-        elsewhere = pickle.loads(pickle.dumps(points.directions))
-        there = Points(points.params, elsewhere, self.sigma, points.sides)
+    def pieces(self, fn, points, indices):
+        there = pickle.loads(pickle.dumps(points))
         for i in indices:
             yield one(fn, there, i)[None]
-
-    sigma = (0.1, 0.1)
 
 
 FAKES = [OddPieces(), Empty(), Repeats(), Reversed(), Late(), Ahead(), Pickled(), Halves(evaluators.Loop(), 17)]
@@ -560,7 +553,7 @@ class Stopped(Exception):
 class Dies(Fake):
     """Fails in the middle, with user code on the stack and a piece half done."""
 
-    def values(self, fn, points, indices):
+    def pieces(self, fn, points, indices):
         yield torch.stack([one(fn, points, i) for i in indices[:9]])
         with torch.no_grad():
             one(fn, points, 9)
@@ -625,45 +618,39 @@ def test_an_fn_that_fails_leaves_all_as_it_was(evaluator):
 
 
 class TooFew(Fake):
-    def values(self, fn, points, indices):
+    def pieces(self, fn, points, indices):
         yield torch.stack([one(fn, points, i) for i in indices[:-1]])
 
 
 class TooMany(Fake):
-    def values(self, fn, points, indices):
+    def pieces(self, fn, points, indices):
         yield torch.stack([one(fn, points, i) for i in [*indices, 0]])
 
 
 class OnceMore(Fake):
-    def values(self, fn, points, indices):
+    def pieces(self, fn, points, indices):
         yield torch.stack([one(fn, points, i) for i in indices])
         yield one(fn, points, 0)[None]
 
 
 class OneSide(Fake):
-    def values(self, fn, points, indices):
+    def pieces(self, fn, points, indices):
         yield torch.stack([one(fn, points, i)[:1] for i in indices])
 
 
 class Column(Fake):
-    def values(self, fn, points, indices):
+    def pieces(self, fn, points, indices):
         yield torch.stack([one(fn, points, i) for i in indices]).unsqueeze(-1)
 
 
 class Flat(Fake):
-    def values(self, fn, points, indices):
+    def pieces(self, fn, points, indices):
         yield torch.stack([one(fn, points, i) for i in indices]).flatten()
-
-
-class Ragged(Fake):
-    def values(self, fn, points, indices):
-        yield [[0.5, 0.5], *([0.5] for _ in indices[1:])]
 
 
 @pytest.mark.parametrize(
     ("fake", "says"),
     [
-        (Ragged(), r"of shape \(2,\), got a piece of shape \(30, [12]\) and \(30, [12]\)"),
         (TooFew(), r"must yield 30 directions of values, got 29"),
         (TooMany(), r"must yield 30 directions .* ends at direction 31"),
         (OnceMore(), r"must yield 30 directions .* ends at direction 31"),
@@ -680,7 +667,7 @@ def test_an_evaluator_that_breaks_the_contract(fake, says):
 
 
 class Nothing(Evaluator):
-    def __call__(self, fn, points, lo=0, hi=None, *, center=True):
+    def values(self, fn, points, lo=0, hi=None):
         yield from ()
 
 
@@ -692,8 +679,8 @@ def test_an_evaluator_that_yields_nothing():
 class Listed(Evaluator):
     """Returns an iterator that is no generator and has nothing to close."""
 
-    def __call__(self, fn, points, lo=0, hi=None, *, center=True):
-        return iter(list(evaluators.Loop()(fn, points, lo, hi, center=center)))
+    def values(self, fn, points, lo=0, hi=None):
+        return iter(list(evaluators.Loop().values(fn, points, lo, hi)))
 
 
 def test_an_iterator_will_do():
@@ -704,7 +691,7 @@ def test_an_iterator_will_do():
 class Cleans(Fake):
     closed = False
 
-    def values(self, fn, points, indices):
+    def pieces(self, fn, points, indices):
         try:
             for i in indices:
                 yield one(fn, points, i)[None]

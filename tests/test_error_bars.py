@@ -69,7 +69,7 @@ def test_of_values_that_were_compared_with_each_other(shaping, num):
     found = estimate(num=num, shaping=shaping)
     eps = per_direction(found, 0.2) / found.coefficients[:, None]
     plain = estimate(num=num)
-    values = torch.stack(list(plain._evidence._pieces)).squeeze(0)
+    values = plain.values
     step = math.ceil(num / 32)
     means = []
     for lo in range(0, num, step):

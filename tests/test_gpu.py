@@ -62,9 +62,9 @@ def test_the_chunk_follows_the_free_memory():
     rows = []
 
     class Asks(Vmap):
-        def __call__(self, fn, points, lo=0, hi=None, *, center=True):
+        def values(self, fn, points, lo=0, hi=None):
             rows.append(fitting_rows(points))
-            return super().__call__(fn, points, lo, hi, center=center)
+            return super().values(fn, points, lo, hi)
 
     for size in (1000, 100_000):
         zero_order(num_samples=2, evaluator=Asks())(torch.sum).estimate(torch.zeros(size, device="cuda"))

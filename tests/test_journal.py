@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import dataclasses
 import functools
 import math
 import multiprocessing
@@ -23,6 +24,7 @@ import torch
 import zograd
 from zograd import zero_order
 from zograd.evaluators import Batched, Evaluator, Journal, Loop, Vmap
+from zograd.evaluators.task.answer import Answer
 from zograd.schemes import SCHEMES
 
 
@@ -65,8 +67,8 @@ def same(a, b):
     assert torch.equal(a.value, b.value)
     assert a.value.dtype == b.value.dtype
     assert torch.equal(a.coefficients, b.coefficients)
-    if a._flat is not None:
-        assert torch.equal(a._flat, b._flat)
+    if a.flat is not None:
+        assert torch.equal(a.flat, b.flat)
 
 
 OUTS = {
@@ -131,8 +133,11 @@ def test_evaluators_of_many_points_are_resumed_by_whole_calls(path, inner, metho
         class Stopped(Evaluator):
             batched = inner.batched
 
-            def __call__(self, *args, **kwargs):
-                for n, piece in enumerate(journal(*args, **kwargs)):
+            def center(self, fn, points):
+                return journal.center(fn, points)
+
+            def values(self, fn, points, lo=0, hi=None):
+                for n, piece in enumerate(journal.values(fn, points, lo, hi), 1):
                     if n == pieces:
                         raise Stop("stopped")
                     yield piece
@@ -153,20 +158,17 @@ def test_evaluators_of_many_points_are_resumed_by_whole_calls(path, inner, metho
 class Shuffled(Evaluator):
     """Evaluates in a random order, tells of each value as it comes and yields them in order, as workers would."""
 
-    def __call__(self, fn, points, lo=0, hi=None, *, center=True):
-        if center:
-            yield fn.center(points.center())
-        hi = len(points) if hi is None else hi
-        tasks = [(i, j) for i in range(lo, hi) for j in range(len(points.sides))]
+    def values(self, fn, points, lo=0, hi=None):
+        hi, sides = len(points.directions) if hi is None else hi, len(points.offsets)
+        tasks = [(i, j) for i in range(lo, hi) for j in range(sides)]
         random.Random(lo).shuffle(tasks)
-        values = {}
+        values, arrived, fn.arrived = {}, fn.arrived, None
         for i, j in tasks:
-            (point,) = points.rows(i, i + 1)
-            values[i, j] = fn(point(points.sides[j]), i)
-            if fn.arrived is not None:
-                fn.arrived(i, j, values[i, j])
+            values[i, j] = fn.take(fn.evaluate(points.only(points.offsets[j : j + 1]), i, i + 1), points)[0, 0]
+            if arrived is not None:
+                arrived(i * sides + j, values[i, j])
         for i in range(lo, hi):
-            yield [[values[i, j] for j in range(len(points.sides))]]
+            yield Answer(torch.stack([values[i, j] for j in range(sides)])[None])
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 2, 7, 18, 40, 60])
@@ -187,10 +189,9 @@ def test_values_that_come_in_any_order_are_kept_as_they_come(path, stop_at):
 class Silent(Shuffled):
     """Tells nobody before it yields."""
 
-    def __call__(self, fn, points, lo=0, hi=None, *, center=True):
-        listener, fn.arrived = fn.arrived, None
-        yield from super().__call__(fn, points, lo, hi, center=center)
-        fn.arrived = listener
+    def values(self, fn, points, lo=0, hi=None):
+        fn.arrived = None
+        return super().values(fn, points, lo, hi)
 
 
 def test_values_of_an_evaluator_that_tells_nothing_are_kept_as_they_are_yielded(path):
@@ -369,11 +370,13 @@ def test_values_that_are_not_finite_and_were_accepted_are_kept(path):
         def __init__(self):
             self.journal = Journal("loop", path)
 
-        def __call__(self, *args, **kwargs):
-            for piece in self.journal(*args, **kwargs):
-                values = torch.as_tensor(piece, dtype=torch.float64)
-                seen.append(values)
-                yield values.nan_to_num(nan=0.0)
+        def center(self, fn, points):
+            return self.journal.center(fn, points)
+
+        def values(self, fn, points, lo=0, hi=None):
+            for answer in self.journal.values(fn, points, lo, hi):
+                seen.append(answer.values)
+                yield dataclasses.replace(answer, values=answer.values.nan_to_num(nan=0.0))
 
     seen = []
     journaled = zero_order(num_samples=5, seed=0, evaluator=Accepting(), failures=zograd.failures.Drop())(
@@ -811,10 +814,10 @@ def test_a_forked_process_opens_its_own_connection(path):
     journal = Journal("loop", path)
     journaled = zero_order(num_samples=4, seed=0, evaluator=journal)(Fn())
     journaled.estimate(X)
-    mine = journal._ledger._connection
-    journal._ledger._pid -= 1  # as a child would find it
+    mine = journal._file._connection
+    journal._file._pid -= 1  # as a child would find it
     journaled.estimate(X)
-    assert journal._ledger._connection is not mine
+    assert journal._file._connection is not mine
     mine.close()
 
 
@@ -862,15 +865,17 @@ def test_a_function_of_another_shape_on_replay_is_told(path):
 
 
 class Halves(Evaluator):
-    """Asks a journal for the center and for two parts of the directions, as ranks that share the work would."""
+    """Asks a journal for two parts of the directions, as ranks that share the work would."""
 
     def __init__(self, journal):
         self.journal = journal
 
-    def __call__(self, fn, points, lo=0, hi=None, *, center=True):
-        yield from self.journal(fn, points, 0, 0, center=True)
-        for part in ((0, 4), (4, len(points))):
-            yield from self.journal(fn, points, *part, center=False)
+    def center(self, fn, points):
+        return self.journal.center(fn, points)
+
+    def values(self, fn, points, lo=0, hi=None):
+        for part in ((0, 4), (4, len(points.directions))):
+            yield from self.journal.values(fn, points, *part)
 
 
 def test_parts_of_an_estimate_are_read_and_written_as_the_whole(path):

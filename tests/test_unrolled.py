@@ -1,6 +1,7 @@
 """Unrolled systems: each estimator against its formula and closed forms, states of every kind, resets and resuming."""
 
 import math
+import pickle
 import re
 
 import numpy as np
@@ -585,18 +586,18 @@ def test_workers_in_other_processes_give_the_same_bits(kind, two_workers):
 
 
 def test_particles_can_be_made_again_elsewhere():
-    """An evaluator that knows points by their `params`, directions and sigma alone has the same particles."""
+    """Particles pickle, so that an evaluator of any kind may send them."""
     space = Space.of((torch.zeros(2), torch.zeros(1)))
     shifts, states = torch.randn(4, 2, 3), torch.randn(4, 2, 5).double()
     directions = Directions(Gaussian(), space, 0, 4)
     leaves, center = (torch.ones(2), torch.zeros(1)), torch.arange(5.0).double()
     first = Particles(leaves, center, directions, (0.1, 0.2), shifts, states)
     assert all(map(torch.equal, first.center(), (*leaves, center)))
-    second = Particles.again(first.params, directions, first.sigma, (-1.0,))
+    second = pickle.loads(pickle.dumps(first)).only((-1.0,))
     assert all(map(torch.equal, second.center(), first.center()))
-    for one, two in zip(first.rows(1, 3), second.rows(1, 3), strict=True):
-        assert all(map(torch.equal, one(-1.0), two(-1.0)))
-    batch = second.batch(1, 3, second.sides)
+    for one, two in zip(list(first.each(1, 3))[1::2], second.each(1, 3), strict=True):
+        assert all(map(torch.equal, one, two))
+    batch = second.rows(1, 3, second.offsets)
     torch.testing.assert_close(batch[1], 0.2 * shifts[1:3, 1, 2:])
     assert torch.equal(batch[2], states[1:3, 1])
 

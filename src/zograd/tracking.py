@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from contextvars import Token
     from types import TracebackType
 
-__all__ = ["Tally", "TrackedEstimate", "Tracker"]
+__all__ = ["RunningEstimate", "TrackedEstimate", "Tracker"]
 
 _active: ContextVar[tuple[Tracker, ...]] = ContextVar("zograd_trackers", default=())
 _running: ContextVar[bool] = ContextVar("zograd_estimating", default=False)
@@ -182,7 +182,7 @@ def watched() -> bool:
     return bool(_active.get())
 
 
-class Tally:
+class RunningEstimate:
     """One estimate, as it runs, on behalf of the trackers that see it.
 
     Args:
@@ -200,7 +200,7 @@ class Tally:
         self._token: Token[bool] | None = None
         self._result: TrackedEstimate | None = None
 
-    def __enter__(self) -> Tally:
+    def __enter__(self) -> RunningEstimate:
         if not self.trackers:
             return self
         for i, tracker in enumerate(self.trackers):

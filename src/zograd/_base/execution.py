@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,3 +52,32 @@ def one_thread() -> Iterator[None]:
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """No autocast: a matrix product of ours in bfloat16 would round points or gradient to three digits."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _NOTHING
+
+
+@dataclass(frozen=True)
+class Modes:
+    """The caller's default dtype, default device and autocast, which decide what torch computes."""
+
+    dtype: torch.dtype
+    device: torch.device
+    autocast: tuple[tuple[str, torch.dtype], ...]
+
+    @classmethod
+    def here(cls, device: torch.device) -> Modes:
+        """Return those of this thread."""
+        kinds = [kind for kind in {"cpu", device.type} if torch.is_autocast_enabled(kind)]
+        autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
+        return cls(torch.get_default_dtype(), torch.get_default_device(), autocast)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Let them hold in this thread."""
+        if torch.get_default_dtype() != self.dtype:  # of the process: only in another one
+            torch.set_default_dtype(self.dtype)
+        with contextlib.ExitStack() as stack:
+            if torch.get_default_device() != self.device:
+                stack.enter_context(self.device)
+            for kind, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype))
+            stack.enter_context(torch.enable_grad())
+            yield

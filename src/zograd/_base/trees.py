@@ -6,8 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import optree
 import torch
@@ -43,42 +42,12 @@ class Arguments:
         """The differentiated leaves."""
         return tuple(self.leaves[i] for i in self.chosen)
 
-    def builder(self) -> Callable[[Leaves], tuple[list[Any], dict[str, Any]]]:
-        """A function from the differentiated leaves to the call's arguments.
-
-        What is not differentiated is put together once, so that a point costs what its own arguments cost.
-
-        Returns:
-            The function; it returns positional and keyword arguments.
-        """
-        args, kwargs = optree.tree_unflatten(self.spec, self.leaves)
-        trees = zip(self.trees(), self.form.spans, strict=True)
-        slots = list(zip(self.form.argnums, [self._filler(tree, span) for tree, span in trees], strict=True))
-
-        def build(params: Leaves) -> tuple[list[Any], dict[str, Any]]:
-            positional, keyword = list(args), dict(kwargs)
-            for argnum, fill in slots:
-                if isinstance(argnum, int):
-                    positional[argnum] = fill(params)
-                else:
-                    keyword[argnum] = fill(params)
-            return positional, keyword
-
-        return build
-
-    def _filler(self, tree: optree.PyTreeSpec, span: range) -> Callable[[Leaves], Any]:
-        places = {i: k for k, i in enumerate(self.chosen)}
-        if tree.is_leaf() and span[0] in places:
-            return itemgetter(places[span[0]])
-        fixed, chosen = [self.leaves[i] for i in span], [(i - span.start, places[i]) for i in span if i in places]
-
-        def fill(params: Leaves) -> Any:
-            leaves = fixed.copy()
-            for i, k in chosen:
-                leaves[i] = params[k]
-            return optree.tree_unflatten(tree, leaves)
-
-        return fill
+    def build(self, params: Leaves) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the call's positional and keyword arguments with these tensors in place of the differentiated ones."""
+        leaves = self.leaves.copy()
+        for i, leaf in zip(self.chosen, params, strict=True):
+            leaves[i] = leaf
+        return cast("tuple[tuple[Any, ...], dict[str, Any]]", optree.tree_unflatten(self.spec, leaves))
 
     def structure(self, per_leaf: Sequence[Any], *, several: bool) -> Any:
         """One value a differentiated leaf, in the structure of the differentiated arguments; None at the others."""

@@ -9,19 +9,20 @@ import statistics
 import time
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from zograd._base.streams import FnStream, TorchStream, plain_call
+from zograd._base.streams import TorchStream, plain_call
+from zograd.diagnostics.subject import Given, Subject
 from zograd.diagnostics.watch import RandomStates, Reach
 from zograd.errors import NonFiniteError
-from zograd.evaluators.objective import as_tensor
+from zograd.evaluators.task.objective import as_tensor
 
 if TYPE_CHECKING:
     from zograd._base.trees import Leaves
-    from zograd.diagnostics.subject import Subject
-    from zograd.evaluators.objective import Objective
+    from zograd.evaluators.task.objective import Objective
+    from zograd.evaluators.task.points import Points
 
 PLAIN_CALLS = 4
 _ROWS = 8  # points that are evaluated one by one and vectorized
@@ -251,21 +252,19 @@ def vmap(subject: Subject, sigma: float, level: float, seed: int) -> Vectorized:
     points = tuple(
         (p + sigma * e.to(p.device, subject.space.dtype)).to(p.dtype) for p, e in zip(subject.params, rows, strict=True)
     )
-    objective, stream = subject.objective(), FnStream(seed, subject.space.device, shared=True)
-    with torch.enable_grad(), stream:
-        objective.stream = stream
-        objective.center(tuple(p.clone() for p in subject.params))
+    objective, given = subject.objective(), Given(tuple(p.clone() for p in subject.params), points)
+    with objective.estimating(seed, shared=True):
+        objective.take_center(objective.center(given), given)
         single, times = [], []
         for k in range(_ROWS):
-            point = tuple(p[k].clone() for p in points)
             start = time.perf_counter()
-            single.append(float(objective(point, 0)))
+            single.append(objective.take(objective.evaluate(given, k, k + 1), given).item())
             times.append(time.perf_counter() - start)
         looped = min(times)  # others may be at work on this machine
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                many = objective.many(points, 0, vmapped=True, randomness="same")  # sets things up, too
+                many = _values_of_many(objective, points)  # sets things up, too
                 seconds = _seconds_of_many(subject, objective, points)
             except Exception as error:  # what vmap, or fn under it, raises
                 return Vectorized(False, f"{type(error).__name__}: {error}", looped=looped)
@@ -282,13 +281,23 @@ def vmap(subject: Subject, sigma: float, level: float, seed: int) -> Vectorized:
 
 def _one_draw_for_all(objective: Objective, points: Leaves) -> bool:
     """Whether one point has one value in all rows of a call, and another in each call of its own."""
-    first = tuple(p[0] for p in points)
-    one, other = (float(objective(tuple(p.clone() for p in first), 0)) for _ in range(2))
+    first = tuple(p[:1] for p in points)
+    given = Given(tuple(p[0] for p in points), first)
+    one, other = (objective.take(objective.evaluate(given, 0, 1), given).item() for _ in range(2))
     if one == other:
         return False
-    same = tuple(p.expand(_ROWS, *p.shape).clone() for p in first)
-    rows = objective.many(same, 0, vmapped=True, randomness="same")
+    rows = _values_of_many(objective, tuple(p.expand(_ROWS, *p.shape[1:]).clone() for p in first))
     return bool((rows == rows[0]).all())
+
+
+def _values_of_many(objective: Objective, points: Leaves) -> torch.Tensor:
+    """Return the values at points with a leading axis, by one vectorized call."""
+    given = Given(tuple(p[0] for p in points), points)
+
+    def vectorized(fn: Objective, points: Points, lo: int, hi: int) -> torch.Tensor:
+        return cast("torch.Tensor", fn.vectorized(points, lo, hi, points.offsets, "same"))
+
+    return objective.take(objective.evaluate(given, 0, len(points[0]), vectorized), given).flatten()
 
 
 def _seconds_of_many(subject: Subject, objective: Objective, points: Leaves) -> float:
@@ -297,7 +306,7 @@ def _seconds_of_many(subject: Subject, objective: Objective, points: Leaves) -> 
     more, times = tuple(torch.cat([p] * copies) for p in points), []
     for _ in range(_TRIES if copies > 1 else 1):
         start = time.perf_counter()
-        float(objective.many(more, 0, vmapped=True, randomness="same").sum())  # waits for an accelerator
+        float(_values_of_many(objective, more).sum())  # waits for an accelerator
         times.append(time.perf_counter() - start)
     return min(times) / (_ROWS * copies)
 
@@ -317,13 +326,13 @@ def autograd(subject: Subject, found: Calls, seed: int) -> Gradient:
     if subject.batched:
         return Gradient(None, 'under `evaluator="batched"` it is not asked')
     leaves = tuple(p.clone().requires_grad_() for p in subject.params)
-    args, kwargs = subject.arguments.builder()(leaves)
+    args, kwargs = subject.arguments.build(leaves)
     subject.count(1)
     with warnings.catch_warnings(), torch.enable_grad(), TorchStream(subject.space.device) as stream:
         warnings.simplefilter("ignore")
         stream.seed(seed)
         try:
-            out = as_tensor(plain_call(subject, tuple(args), kwargs), subject.name)
+            out = as_tensor(plain_call(subject, args, kwargs), subject.name)
             if not out.requires_grad:
                 return Gradient(None, "its value has no graph back to the arguments")
             grads = torch.autograd.grad(out.sum(), leaves, allow_unused=True)

@@ -172,7 +172,7 @@ class _Examination:
     def _ask(self) -> _Found:
         subject = self.subject
         calls = probes.calls(subject)
-        subject.habits.draws = "torch" in calls.draws
+        subject.facts.draws = "torch" in calls.draws
         expected = subject.value(seed=1) if calls.repeatable else None
         pickling = probes.pickling(subject, expected)
         noise = probes.noise(subject, calls, self.seed)

@@ -12,11 +12,15 @@ from zograd._base.replica import Replica
 from zograd._base.streams import TorchStream, plain_call
 from zograd._base.trees import Arguments, Space, flatten, sigma_per_leaf, unsupported
 from zograd.diagnostics.watch import Reach
-from zograd.evaluators.objective import Habits, Objective, as_tensor, function_name
+from zograd.distributions.directions import Directions
+from zograd.distributions.gaussian import Gaussian
+from zograd.evaluators.task.answer import Facts
+from zograd.evaluators.task.objective import Objective, as_tensor, function_name
+from zograd.evaluators.task.points import Points
 from zograd.func.options import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from zograd._base.trees import Leaves
 
@@ -43,6 +47,33 @@ class _OnReplicas:
 
         tensors = {identity: params[name] for identity, name in self._names.items()}
         return nn.Module.__call__(Replica(self._template, tensors, copy_buffer).module, *args, **kwargs)
+
+
+class Given(Points):
+    """Points that are given themselves, a row of tensors each; the center is handed out and not copied.
+
+    Args:
+        params: the center.
+        rows: the points, with a leading axis.
+    """
+
+    def __init__(self, params: Leaves, rows: Leaves) -> None:
+        num = len(rows[0]) if rows else 1
+        super().__init__(params, Directions(Gaussian(), Space.of(params), 0, num), (1.0,) * len(params), (1.0,))
+        self._rows = rows
+
+    def center(self) -> Leaves:
+        """Return the center."""
+        return self.params
+
+    def each(self, lo: int, hi: int) -> Iterator[Leaves]:
+        """Yield copies of the points ``lo`` to ``hi`` one by one."""
+        return (tuple([row[i].clone() for row in self._rows]) for i in range(lo, hi))
+
+    def rows(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Leaves:
+        """Return the points ``lo`` to ``hi`` with a leading axis."""
+        del offsets
+        return tuple([row[lo:hi] for row in self._rows])
 
 
 class Subject:
@@ -72,7 +103,7 @@ class Subject:
         self.batched: bool = self.options is not None and self.options.evaluator.batched
         self.budget = budget
         self.evaluations: int = 0
-        self.habits: Habits = Habits()
+        self.facts: Facts = Facts()
         self.shape: torch.Size | None = None  # of what fn returns, without the axis of parameter sets
         self.dtype: torch.dtype | None = None
         self.before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None  # sees what fn is about to get
@@ -100,9 +131,9 @@ class Subject:
         """A picture of what the function can reach beside its arguments."""
         return Reach(self.fn, {"the module": self.given} if isinstance(self.given, nn.Module) else {})
 
-    def objective(self) -> Objective:
-        """What evaluators and estimates take."""
-        objective = Objective(self, self.arguments, self.params, self.habits)
+    def objective(self, *, judges: bool = True) -> Objective:
+        """Return what evaluators and estimates take."""
+        objective = Objective(self, self.arguments, self.params, self.facts, judges=judges)
         objective.counted = self.count
         return objective
 
@@ -114,12 +145,11 @@ class Subject:
         Returns:
             The value.
         """
-        objective = self.objective()
-        point = tuple(p.clone() for p in self.params) if params is None else params
-        point = tuple(p.unsqueeze(0) for p in point) if self.batched else point
+        objective = self.objective(judges=False)
+        point = Given(tuple(p.clone() for p in self.params) if params is None else params, ())
 
         def call() -> torch.Tensor:
-            return objective.center(point, batched=self.batched)
+            return objective.take_center(objective.center(point, batched=self.batched), point)[0]
 
         with torch.enable_grad():
             if seed is None:

@@ -15,46 +15,20 @@ from zograd.diagnostics.subject import OutOfBudgetError
 from zograd.distributions.sums import project
 from zograd.errors import ZeroOrderWarning
 from zograd.estimate.estimate import estimate
-from zograd.estimate.settings import Recipe
+from zograd.estimate.settings import Settings
 from zograd.evaluators import Batched, Evaluator, Loop, Vmap
 from zograd.schemes import ANTITHETIC, FORWARD, NAIVE, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from zograd.diagnostics.subject import Subject
     from zograd.distributions.base import Distribution
     from zograd.distributions.directions import Directions
-    from zograd.evaluators.base import Piece
-    from zograd.evaluators.objective import Objective
-    from zograd.evaluators.points import Points
 
 SCHEMES: tuple[Scheme, ...] = (FORWARD, ANTITHETIC, NAIVE)  # in the order of preference, where all else is equal
 # Groups: a variance over few of them is known badly where there are few parameters, and many cost time where many.
 _GROUPS, _MOST = 16, 256
 _SMALL = 1 << 20  # values up to which there are more groups
 _VALUES = 1 << 27  # of all groups' gradients together, at most
-
-
-class _Recorded(Evaluator):
-    """An evaluator that remembers the values."""
-
-    def __init__(self, inner: Evaluator) -> None:
-        self.inner = inner
-        self.batched = inner.batched
-        self.pieces: list[Piece] = []
-
-    def __call__(
-        self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
-    ) -> Iterator[Piece]:
-        for piece in self.inner(fn, points, lo, hi, center=center):
-            self.pieces.append(piece)
-            yield piece
-
-    def values(self) -> tuple[float, torch.Tensor]:
-        """The center's value, and (N, sides)."""
-        center, *rest = (torch.as_tensor(piece, dtype=torch.float64).cpu() for piece in self.pieces)
-        return center.item(), torch.cat([piece.reshape(len(piece), -1) for piece in rest])
 
 
 @dataclass(frozen=True)
@@ -105,13 +79,11 @@ def sample(
     if 2 * num + 1 > subject.left:
         raise OutOfBudgetError
     inner: Evaluator = Batched() if subject.batched else Vmap() if vmapped else Loop()
-    recorded = _Recorded(inner)
-    recipe = Recipe(distribution, ANTITHETIC, num, radii, recorded)
+    settings = Settings(distribution, ANTITHETIC, num, radii, inner)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ZeroOrderWarning)  # small radii are part of the question
-        made = estimate(subject.objective(), recipe, subject.space, seed)
-    center, values = recorded.values()
-    return Samples(max(radii), radii, made.directions, center, values)
+        made = estimate(subject.objective(), settings, subject.params, subject.space, seed)
+    return Samples(max(radii), radii, made.directions, made.center.item(), made.values.cpu())
 
 
 @dataclass(frozen=True)

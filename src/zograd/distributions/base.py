@@ -8,7 +8,6 @@ from typing import ClassVar, TypeAlias
 
 import torch
 
-from zograd._base.reuse import Rooms
 from zograd._base.streams import Purpose, key
 from zograd._base.trees import Leaves, Space
 
@@ -79,7 +78,7 @@ class Distribution(ABC):
 
     @abstractmethod
     def empty(self, space: Space, rows: int) -> Noise:
-        """Room for the noise of some rows."""
+        """Return memory for the noise of some rows."""
 
     @abstractmethod
     def draw(self, space: Space, noise: Noise, seed: int, block: int) -> None:
@@ -90,11 +89,8 @@ class Distribution(ABC):
         """What ``shift`` takes: tensors with a leading row axis, which may be taken off."""
 
     @abstractmethod
-    def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...], rooms: Rooms = ()) -> Leaves:
-        """The point ``params + scale * eps``, ``scale`` by leaf; a row axis of ``parts`` is kept in front.
-
-        ``rooms`` are tensors of an earlier point, or None, which may be written to and returned if they fit.
-        """
+    def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> Leaves:
+        """Return the point ``params + scale * eps``, ``scale`` by leaf; a row axis of ``parts`` stays in front."""
 
     def factor(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> Leaves:
         """The same point for one row of ``parts``, in a form that shares ``params``; called inside ``torch.vmap``."""
@@ -191,16 +187,16 @@ class Dense(Tiled):
         return space.size
 
     def tiles(self, space: Space, seed: int, row: int, lo: int, hi: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Values ``lo`` to ``hi`` of one row, where a block is a row, without room for more than a tile.
+        """Values ``lo`` to ``hi`` of one row, where a block is a row, in the memory of one tile.
 
         Yields:
             Where a run of values begins, and the run; valid until the next.
         """
-        room = torch.empty(min(TILE, space.size), dtype=space.dtype, device=space.device)
+        buffer = torch.empty(min(TILE, space.size), dtype=space.dtype, device=space.device)
         generator = torch.Generator(space.device)
         for tile in range(lo // TILE, -(-hi // TILE)):
             start = tile * TILE
-            part = room[: min(TILE, space.size - start)]
+            part = buffer[: min(TILE, space.size - start)]
             self._fill_tile(part, generator, space, seed, row, tile)
             first = max(lo, start)
             yield first, part[first - start : hi - start]
@@ -209,9 +205,9 @@ class Dense(Tiled):
         """Views by leaf."""
         return space.split(noise[0])
 
-    def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...], rooms: Rooms = ()) -> Leaves:
+    def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> Leaves:
         """Each leaf moved in the compute dtype and rounded once."""
-        return tuple(map(_shift, params, parts, scale, rooms or [None] * len(params)))
+        return tuple(map(_shift, params, parts, scale))
 
     def add_sum(self, space: Space, noise: Noise, c: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """One matrix-vector product a block."""
@@ -233,10 +229,7 @@ class Dense(Tiled):
         return torch.matmul(by_slice, vector.view(space.slices, space.dim, 1)).squeeze(2).t()
 
 
-def _shift(leaf: torch.Tensor, eps: torch.Tensor, scale: float, room: torch.Tensor | None) -> torch.Tensor:
-    if room is not None and room.shape != eps.shape:
-        room = None
+def _shift(leaf: torch.Tensor, eps: torch.Tensor, scale: float) -> torch.Tensor:
     if leaf.dtype == eps.dtype:
-        return torch.add(leaf, eps, alpha=scale, out=room)
-    point = torch.add(leaf.to(eps.dtype), eps, alpha=scale)
-    return point.to(leaf.dtype) if room is None else room.copy_(point)
+        return torch.add(leaf, eps, alpha=scale)
+    return torch.add(leaf.to(eps.dtype), eps, alpha=scale).to(leaf.dtype)

@@ -11,7 +11,6 @@ from zograd._base.streams import Purpose, key
 from zograd.distributions.base import Distribution, Noise
 
 if TYPE_CHECKING:
-    from zograd._base.reuse import Rooms
     from zograd._base.trees import Leaves, Space
 
 
@@ -78,14 +77,13 @@ class Coordinate(Distribution):
         """The indices."""
         return noise
 
-    def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...], rooms: Rooms = ()) -> Leaves:
+    def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> Leaves:
         """A copy of each leaf, one value of all moved in the compute dtype and rounded once."""
         index = parts[0].view(-1, space.slices)
         lead = parts[0].shape[:-1]
-        rooms = rooms or (None,) * len(params)
         out = []
-        for k, (param, s, room) in enumerate(zip(params, scale, rooms, strict=True)):
-            point = _copies(param, lead, room)
+        for k, (param, s) in enumerate(zip(params, scale, strict=True)):
+            point = param.new_empty(lead + param.shape).copy_(param)
             row, where = _places(space, k, index)
             flat = point.view(index.shape[0], -1)
             flat[row, where] = (flat[row, where].to(space.dtype) + s).to(param.dtype)
@@ -107,13 +105,6 @@ class Coordinate(Distribution):
 def _starts(space: Space) -> torch.Tensor:
     """Where each slice begins in the flat layout."""
     return torch.arange(space.slices, device=space.device) * space.dim
-
-
-def _copies(param: torch.Tensor, lead: torch.Size, room: torch.Tensor | None) -> torch.Tensor:
-    shape = lead + param.shape
-    if room is None or room.shape != shape or room.dtype != param.dtype or not room.is_contiguous():
-        room = param.new_empty(shape)
-    return room.copy_(param)
 
 
 def _places(space: Space, k: int, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

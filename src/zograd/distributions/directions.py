@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, cast
@@ -69,6 +70,10 @@ class Directions:
         some._used, some._span, some._noise, some._scratch, some._next = used, range(0), (), (), None
         return some
 
+    def again(self) -> Directions:
+        """Return the same directions without those in memory; the ones in memory, if they cannot be made again."""
+        return copy.copy(self) if self.replayable else self
+
     def blocks(self) -> Iterator[tuple[int, int]]:
         """The bounds of each block: the units of noise and of summation."""
         return ((lo, min(lo + self.block, self.num)) for lo in range(0, self.num, self.block))
@@ -111,28 +116,28 @@ class Directions:
             noise = self.noise(lo, hi)
         else:
             # Elsewhere: an evaluator that is ahead of the sum may still be using what it was given.
-            noise = self._scratch = self._room(self._scratch, hi - lo)
+            noise = self._scratch = self._memory(self._scratch, hi - lo)
             self._draw(lo // self.block, noise)
         return self.distribution.add_sum(self.space, noise, c, out)
 
-    def _room(self, noise: Noise, rows: int) -> Noise:
+    def _memory(self, noise: Noise, rows: int) -> Noise:
         return noise if noise and noise[0].shape[0] == rows else self.distribution.empty(self.space, rows)
 
     def _load(self, first: int, last: int) -> None:
-        room, self._span = self._noise, range(0)  # empty in case drawing fails halfway
+        buffer, self._span = self._noise, range(0)  # empty in case drawing fails halfway
         if self._next is not None and self._next[:2] == (first, last):
             _, _, self._noise, made = self._next
             made.result()
         else:
             if self._next is not None:
                 wait([self._next[3]])  # it may not be written to any more
-            room, self._noise = (), self._fill(first, last, room)
+            buffer, self._noise = (), self._fill(first, last, buffer)
         lo, hi = self._bounds(first, last)
         self._next = None
         if hi < self.num and self._makes_ahead(sum(part.numel() for part in self._noise)):
             stop = min(2 * last - first, -(-self.num // self.block))
-            room = self._room(room, operator.sub(*reversed(self._bounds(last, stop))))
-            self._next = last, stop, room, second_thread().submit(self._fill, last, stop, room)
+            buffer = self._memory(buffer, operator.sub(*reversed(self._bounds(last, stop))))
+            self._next = last, stop, buffer, second_thread().submit(self._fill, last, stop, buffer)
         self._span = range(lo, hi)
 
     def _bounds(self, first: int, last: int) -> tuple[int, int]:
@@ -145,9 +150,9 @@ class Directions:
             return _LEAST_AHEAD <= values <= _MOST_AHEAD and cores() > 1 and not torch.is_inference_mode_enabled()
         return self.prefetch and not torch.is_inference_mode_enabled()
 
-    def _fill(self, first: int, last: int, room: Noise) -> Noise:
+    def _fill(self, first: int, last: int, buffer: Noise) -> Noise:
         lo, hi = self._bounds(first, last)
-        noise = self._room(room, hi - lo)
+        noise = self._memory(buffer, hi - lo)
         for block in range(first, last):
             start = block * self.block - lo
             whole = last - first == 1

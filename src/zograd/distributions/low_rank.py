@@ -16,7 +16,6 @@ from zograd.distributions.factored import Factored
 from zograd.errors import ZeroOrderWarning
 
 if TYPE_CHECKING:
-    from zograd._base.reuse import Rooms
     from zograd._base.trees import Leaves, Space
 
 _TOGETHER = 16  # rows whose sum is one thin product, which passes once over the gradient
@@ -110,21 +109,18 @@ class LowRank(Tiled):
                 parts.append(rows[:, leaf.start : leaf.stop].view(num, *shape))
         return tuple(parts)
 
-    def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...], rooms: Rooms = ()) -> Leaves:
+    def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> Leaves:
         """Each leaf moved in the compute dtype and rounded once."""
         pieces, out = iter(parts), []
-        spare = rooms or [None] * len(params)
-        for leaf, param, s, room in zip(_layout(space.shapes, self.rank), params, scale, spare, strict=True):
+        for leaf, param, s in zip(_layout(space.shapes, self.rank), params, scale, strict=True):
             if not leaf.out:
                 out.append(torch.add(param.to(space.dtype), next(pieces), alpha=s).to(param.dtype))
                 continue
             left, right = next(pieces), next(pieces)
             shape = (*left.shape[:-2], *param.shape)
-            fits = room is not None and room.shape == shape and room.dtype == space.dtype
-            target = room.view(*left.shape[:-1], leaf.rest) if room is not None and fits else None
             weight = param.to(space.dtype).reshape(leaf.out, leaf.rest)
-            moved = _moved(weight, left, right, s / math.sqrt(self.rank), target)
-            out.append(room if room is not None and fits else moved.view(shape).to(param.dtype))
+            moved = _moved(weight, left, right, s / math.sqrt(self.rank))
+            out.append(moved.view(shape).to(param.dtype))
         return tuple(out)
 
     def factor(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> Leaves:
@@ -176,15 +172,13 @@ class LowRank(Tiled):
         return total
 
 
-def _moved(
-    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, room: torch.Tensor | None
-) -> torch.Tensor:
+def _moved(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     if left.shape[-1] == 1:
-        return torch.addcmul(weight, left, right.mT, value=scale, out=room)
+        return torch.addcmul(weight, left, right.mT, value=scale)
     with full_precision(weight.device):
         if left.dim() == 2:
-            return torch.addmm(weight, left, right.t(), alpha=scale, out=room)
-        return torch.baddbmm(weight.expand(left.shape[0], -1, -1), left, right.mT, alpha=scale, out=room)
+            return torch.addmm(weight, left, right.t(), alpha=scale)
+        return torch.baddbmm(weight.expand(left.shape[0], -1, -1), left, right.mT, alpha=scale)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""What an estimate refuses or warns of: radii, values and gradients that no right number comes from."""
+"""Checks of radii, values and gradients that no right number comes from."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from zograd.errors import EvaluationError, NonFiniteError, ZeroOrderWarning
+from zograd.evaluators.task.objective import all_finite
 
 if TYPE_CHECKING:
     from zograd._base.trees import Leaves, Space
-    from zograd.distributions.sums import Coefficients
-    from zograd.estimate.settings import Recipe
-    from zograd.evaluators.objective import Objective
     from zograd.failures import Drop
+    from zograd.sampling import Until
     from zograd.schemes import Scheme
+    from zograd.shaping import Shaping
 
-_NAMED = 8  # directions that an error lists
 _CLEAR = {dtype: 100 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 """Radii that are looked at no further; half precision always is."""
 
@@ -53,24 +52,26 @@ def _wider(dtype: torch.dtype) -> str:
     return {torch.float32: "float64 parameters", torch.float64: "smaller parameters"}.get(dtype, "float32 parameters")
 
 
-def check_center(center: torch.Tensor, space: Space, recipe: Recipe, objective: Objective) -> None:
-    """Refuse a value at the parameters that the recipe has no gradient of."""
+def check_center(center: torch.Tensor, space: Space, shaping: Shaping | None, until: Until | None, name: str) -> None:
+    """Refuse a shape of values that these settings have no gradient of."""
     shape = tuple(center.shape)
-    if recipe.shaping is not None and shape:
+    if shaping is not None and shape:
         raise ValueError(
-            f"`zero_order(shaping=...)` is for objectives of one value, got the shape {shape} from {objective.name}."
+            f"`zero_order(shaping=...)` is for objectives of one value, got the shape {shape} from {name}."
         )
+    if until is not None and center.numel() != space.slices:
+        raise ValueError(f"`zero_order(num_samples={until})` is for objectives of one value, got the shape {shape}.")
     if space.batch_dim is not None and (len(shape) <= space.batch_dim or shape[space.batch_dim] != space.slices):
         raise ValueError(
-            f"`zero_order(batch_dim={space.batch_dim})`: {objective.name} must return one entry a slice, "
+            f"`zero_order(batch_dim={space.batch_dim})`: {name} must return one entry a slice, "
             f"{space.slices} along dimension {space.batch_dim}, got the shape {shape}."
         )
-    if not all_finite(center):
-        bad = int((~torch.isfinite(center)).sum())
-        raise NonFiniteError(
-            f"{objective.name} returned {bad} non-finite value{'s' * (bad > 1)} of {center.numel()} at the parameters "
-            f"themselves (the center): {center.flatten()[:_NAMED].tolist()}."
-        )
+
+
+def check_coefficients(coefficients: torch.Tensor) -> None:
+    """Raise if differences of finite values overflowed."""
+    if not all_finite(coefficients):
+        raise NonFiniteError("differences of the values overflow although the values are finite: scale them down.")
 
 
 def check_gradient(flat: torch.Tensor, cotangent: torch.Tensor | None = None) -> None:
@@ -80,18 +81,6 @@ def check_gradient(flat: torch.Tensor, cotangent: torch.Tensor | None = None) ->
             f"the gradient is not finite although the values are: their size, or 1/sigma, overflows {flat.dtype}. "
             "Scale the values down, or pass float64 tensors."
         )
-
-
-def not_finite(values: torch.Tensor, lo: int, sides: tuple[float, ...], name: str) -> NonFiniteError:
-    """The error that names the first points whose values are not finite, of directions ``lo`` and on."""
-    points = (~torch.isfinite(values)).flatten(2).any(dim=2) if values.dim() > 2 else ~torch.isfinite(values)
-    where = [f"{lo + i} (offset {sides[j]:+g})" for i, j in points.nonzero()[:_NAMED].tolist()]
-    count, hi = int(points.sum()), lo + len(values)
-    return NonFiniteError(
-        f"{name} returned non-finite values at {count} of {points.numel()} points, those of directions {lo} to "
-        f"{hi - 1}: at direction {', '.join(where)}{', ...' if count > _NAMED else ''}. A gradient from them would be "
-        "wrong; return a finite penalty instead, of the size of the other values."
-    )
 
 
 def check_survivors(drop: Drop, lost: int, num: int, name: str) -> None:
@@ -111,11 +100,3 @@ def warn_of_dropped(lost: int, num: int, name: str) -> None:
         ZeroOrderWarning,
         stacklevel=2,
     )
-
-
-def all_finite(values: Coefficients) -> bool:
-    """Whether no value is nan or infinite."""
-    if isinstance(values, list):
-        return all(map(math.isfinite, values))
-    # A sum is one operation where isfinite and all are two; only if it overflows is it not the answer.
-    return math.isfinite(values if values.numel() == 1 else values.sum()) or bool(torch.isfinite(values).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -9,20 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zograd._base.trees import same_structure, take_apart
-from zograd.distributions.sums import by_slice, contract, weigh
+from zograd.distributions.sums import by_slice, contract, one_per_slice, project, weigh
 from zograd.errors import SecondDerivativeError
 from zograd.estimate.checks import check_gradient
-from zograd.estimate.evidence import joined
-from zograd.estimate.second_order import by_direction, hessian_product, refused
-from zograd.estimate.statistics import ErrorBars, Groups, compared, spread
+from zograd.estimate.second_order import differences, hessian_product, refused
+from zograd.estimate.settings import Settings, among_all
+from zograd.estimate.statistics import ErrorBars, Groups, HasErrorBars, compared, spread
 from zograd.shaping import centered_ranks, leave_one_out, standardize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from zograd.distributions.directions import Directions
-    from zograd.distributions.sums import Coefficients
-    from zograd.estimate.evidence import Evidence
 
 
 @dataclass(eq=False)
@@ -31,13 +30,19 @@ class Estimate:
 
     Attributes:
         value: ``fn`` at the parameters, one plain call, never shaped.
+        center: the same in float64.
+        values: ``fn`` at the points, in float64 and of shape ``(num_samples, offsets, *out)``, those of dropped
+            directions not being finite.
+        coefficients: one for each direction, the sum of the scheme's weights times its (shaped) values, in float64 and
+            of shape ``(num_samples, *out)``.
         directions: the directions, made again when asked for; ``len()`` is how many there are, and
             ``directions.values(i, 0, directions.space.size)`` yields the values of direction i in runs, each with the
             place where it begins.
-        sigma: the smoothing radius of each differentiated leaf.
-        seed: what the directions are a function of.
+        settings: what the estimate is made of.
         evaluations: points evaluated, the center and retries included.
         failures: evaluations that failed and were dealt with by a policy.
+        flat: the gradient as one vector, in the compute dtype; None if ``fn`` returned several values.
+        control: the part of a surrogate, if there is one.
 
     Examples:
         >>> import torch, zograd
@@ -52,20 +57,26 @@ class Estimate:
     """
 
     value: torch.Tensor
+    values: torch.Tensor
+    coefficients: torch.Tensor
     directions: Directions
-    sigma: tuple[float, ...]
-    seed: int
+    settings: Settings
     evaluations: int
     failures: int
-    _coefficients: list[Coefficients]
-    _flat: torch.Tensor | None
-    _evidence: Evidence
-    _structure: Callable[[Sequence[Any]], Any]
+    flat: torch.Tensor | None
+    center: torch.Tensor
+    _structure: Callable[[Sequence[Any]], Any] = tuple
+    control: HasErrorBars | None = None
 
-    @cached_property
-    def coefficients(self) -> torch.Tensor:
-        """What the scheme made of each direction's values, in float64 and of shape ``(num_samples, *out)``."""
-        return joined(self._coefficients)
+    @property
+    def sigma(self) -> tuple[float, ...]:
+        """The smoothing radius of each differentiated leaf."""
+        return self.settings.sigma
+
+    @property
+    def seed(self) -> int:
+        """What the directions are a function of."""
+        return self.directions.seed
 
     @cached_property
     def grad(self) -> Any:
@@ -74,12 +85,12 @@ class Estimate:
         Raises:
             ValueError: if ``fn`` returned several values: their gradient needs a cotangent, see :meth:`vjp`.
         """
-        if self._flat is None:
+        if self.flat is None:
             raise ValueError(
                 f"`estimate.grad` is for objectives of one value, got the shape {tuple(self.value.shape)}: give "
                 "`estimate.vjp(cotangent)` a cotangent of that shape."
             )
-        return self._tree(self._flat)
+        return self._tree(self.flat)
 
     def vjp(self, cotangent: torch.Tensor) -> Any:
         """The product of a cotangent with the Jacobian, in the structure of the arguments.
@@ -99,11 +110,11 @@ class Estimate:
                 f"{tuple(cotangent.shape)}."
             )
         space = self.directions.space
-        if self._flat is None:
+        if self.flat is None:
             flat = contract(self.directions, self.sigma, weigh(self.coefficients, cotangent, space))
         else:  # not from the coefficients: a surrogate has a part in it
-            by_value = by_slice(cotangent.to(self._flat), space, 0)
-            flat = (self._flat.view(space.slices, space.dim) * by_value).view(-1)
+            by_value = by_slice(cotangent.to(self.flat), space, 0)
+            flat = (self.flat.view(space.slices, space.dim) * by_value).view(-1)
         check_gradient(flat, cotangent)
         return self._tree(flat)
 
@@ -142,11 +153,11 @@ class Estimate:
         References:
             Song et al., "ES-MAML" (arXiv:1910.01215).
         """
-        if self._flat is None:
+        if self.flat is None:
             raise ValueError(
                 f"`estimate.hvp(vector)` is for objectives of one value, got the shape {tuple(self.value.shape)}."
             )
-        reason = self._evidence.recipe.no_curvature(scalar=True)
+        reason = self.settings.no_second(scalar=True)
         if reason:
             raise SecondDerivativeError(refused(reason))
         space = self.directions.space
@@ -158,8 +169,32 @@ class Estimate:
             raise ValueError(
                 f"`estimate.hvp(vector)` must have tensors of the shapes of `grad`, {wanted}, got {shapes}."
             )
-        rows = by_direction(self._evidence.differences(self.directions), space)
-        return self._tree(hessian_product(self.directions, self.sigma, rows, space.join(tuple(leaves))))
+        rows = one_per_slice(self.differences(), space)
+        parts = [functools.partial(f, self.directions, self.sigma) for f in (contract, project)]
+        return self._tree(hessian_product(space, self.sigma, rows, space.join(tuple(leaves)), *parts))
+
+    def differences(self) -> torch.Tensor:
+        """Return the second difference along each direction, float64 (num_samples, *out), minus a baseline.
+
+        Raises:
+            SecondDerivativeError: if directions that depend on each other were dropped.
+        """
+        d, alive = self.directions, self.alive
+        if alive is None:
+            rows = differences(self.settings.scheme, d, self.values, self.center)
+            return rows.to(d.space.device)  # of a black box on the CPU they are there
+        if not d.distribution.independent:
+            raise SecondDerivativeError(
+                refused(f"directions were dropped, and those of {d.distribution} depend on each other")
+            )
+        rows = differences(self.settings.scheme, d, self.values[alive], self.center)
+        return among_all(rows, alive).to(d.space.device)
+
+    @cached_property
+    def alive(self) -> torch.Tensor | None:
+        """A mask of the directions that were not dropped; None if that is all of them."""
+        alive = self.settings.survivors(self.values)
+        return None if alive is None else alive.cpu()
 
     def standard_error(self) -> Any:
         r"""The standard error of each entry of ``grad``, from the values that the gradient was made of.
@@ -244,22 +279,34 @@ class Estimate:
     @cached_property
     def _error_bars(self) -> ErrorBars:
         """The error of ``grad``."""
-        recipe, typed = self._evidence.recipe, "`estimate.standard_error()`"
-        if self._flat is None:
+        shaping, typed = self.settings.shaping, "`estimate.standard_error()`"
+        if self.flat is None:
             raise ValueError(f"{typed} is for objectives of one value, got the shape {tuple(self.value.shape)}.")
-        shaping = recipe.shaping
         if shaping not in (None, leave_one_out, centered_ranks, standardize):
             raise ValueError(
                 f"{typed} knows no error of `shaping={getattr(shaping, '__name__', shaping)}`, which makes directions "
                 "depend on each other: use `shaping=None` to see how good the gradient is."
             )
-        groups = Groups(self.directions, self.sigma, self._evidence.alive)
+        groups = Groups(self.directions, self.sigma, self.alive)
         groups.check(typed)
-        if self._evidence.control is not None:
-            return self._evidence.control.error_bars()
+        if self.control is not None:
+            return self.control.error_bars()
         if shaping in (None, leave_one_out):
-            return spread(groups, by_direction(self.coefficients, self.directions.space), self._flat)
-        return compared(groups, self._evidence.reshaped, self._flat)
+            return spread(groups, one_per_slice(self.coefficients, self.directions.space), self.flat)
+        return compared(groups, self._reshaped, self.flat)
+
+    def _reshaped(self, kept: torch.Tensor) -> torch.Tensor:
+        """Return the coefficients that a shaping makes of the values of some directions alone, zero at the others."""
+        kept = kept if self.alive is None else kept & self.alive
+        num = int(kept.sum())
+        if num * len(self.settings.scheme.sides) < 2:
+            raise ValueError(
+                f"`estimate.standard_error()` shapes parts of the values on their own, and a part of {num} has nothing "
+                "to be compared with: `num_samples` must be at least 4 here."
+            )
+        rows = torch.zeros(len(kept), 1, dtype=torch.float64)
+        rows[kept, 0] = self.settings.combine(self.values[kept.to(self.values.device)], self.center).cpu()
+        return rows
 
     def _tree(self, flat: torch.Tensor) -> Any:
         space = self.directions.space

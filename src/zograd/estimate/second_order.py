@@ -6,39 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zograd.distributions.sums import by_slice, contract, project
-from zograd.shaping import leave_one_out
-
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zograd._base.trees import Space
-    from zograd.distributions.base import Distribution
     from zograd.distributions.directions import Directions
     from zograd.schemes import Scheme
-    from zograd.shaping import Shaping
-
-
-def refusal(distribution: Distribution, shaping: Shaping | None, num: int, *, scalar: bool) -> str | None:
-    """Why the estimates of these settings have no second derivative, or None if they have one.
-
-    Args:
-        distribution: the family of the directions.
-        shaping: what is done to the values.
-        num: how many directions there are.
-        scalar: whether ``fn`` returns one value (one a slice).
-
-    Returns:
-        The reason with the way out.
-    """
-    if not distribution.gaussian_marginals:
-        return f"Stein's identity needs Gaussian marginals, which {distribution} has not: use `Gaussian()`"
-    if shaping not in (None, leave_one_out):
-        return f"`shaping={getattr(shaping, '__name__', shaping)}` changes what is estimated: use `shaping=None`"
-    if not scalar and not (distribution.independent and num > 1):
-        return (
-            "for a function of several values it needs two independent directions or more, got "
-            f"num_samples={num} of {distribution}"
-        )
-    return None
 
 
 def differences(scheme: Scheme, directions: Directions, values: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
@@ -73,36 +46,32 @@ def differences(scheme: Scheme, directions: Directions, values: torch.Tensor, ce
 
 
 def hessian_product(
-    directions: Directions, sigma: tuple[float, ...], weights: torch.Tensor, vector: torch.Tensor
+    space: Space,
+    sigma: tuple[float, ...],
+    weights: torch.Tensor,
+    vector: torch.Tensor,
+    contract: Callable[[torch.Tensor], torch.Tensor],
+    project: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    r"""The Hessian's product with a vector.
+    r"""Compute the Hessian's product with a vector.
 
     .. math:: \hat H v = \frac{1}{N \sigma^2} \sum_i \tilde h_i (\epsilon_i \epsilon_i^\top - I) v
 
     Args:
-        directions: the directions.
+        space: the layout of the parameters.
         sigma: the smoothing radius of each leaf.
         weights: the second differences, of shape (N, slices).
         vector: flat, of shape (size,).
+        contract: makes a flat gradient of coefficients (N, slices), see :func:`zograd.distributions.sums.contract`.
+        project: its transpose.
 
     Returns:
         A flat vector.
     """
-    num = len(directions)
-    flat = contract(directions, sigma, weights * project(directions, sigma, vector) * num)
-    return flat - identity_term(directions.space, sigma, weights, vector)
-
-
-def identity_term(space: Space, sigma: tuple[float, ...], weights: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """``mean_i(h_i) v / sigma**2``, slice by slice."""
+    flat = contract(weights * project(vector) * weights.shape[0])
     leaves = zip(space.split(vector), sigma, strict=True)
     scaled = space.join(tuple(leaf / radius**2 for leaf, radius in leaves)).view(space.slices, space.dim)
-    return (scaled * weights.mean(dim=0).to(scaled).unsqueeze(1)).view(-1)
-
-
-def by_direction(values: torch.Tensor, space: Space) -> torch.Tensor:
-    """Second differences of an objective of one value a slice, (N, *out), as (N, slices)."""
-    return by_slice(values, space, 1).squeeze(2)
+    return flat - (scaled * weights.mean(dim=0).to(scaled).unsqueeze(1)).view(-1)
 
 
 def refused(reason: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Halves = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
-_ROOM = 1 << 20  # values of rows that are squared together
+_TOGETHER = 1 << 20  # values of rows that are squared together
 _FOLDS = 32  # parts of a jackknife: each costs a sum over all directions
 
 
@@ -73,6 +73,13 @@ class ErrorBars:
         first, second = (half.double() for half in self.halves())
         lengths = float(first.norm() * second.norm())
         return float(first @ second) / lengths if lengths else 0.0
+
+
+class HasErrorBars(Protocol):
+    """A part of an estimate that knows the error of the whole."""
+
+    def error_bars(self) -> ErrorBars:
+        """Return the error of the gradient."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class Groups:
         d = self.directions
         factor = d.distribution.scale(d.space) / self.radii(weights)
         if self.size == 1:
-            step = max(1, _ROOM // d.space.size)
+            step = max(1, _TOGETHER // d.space.size)
             for start, end in d.blocks():
                 stop = min(end, len(d))
                 for lo in range(start, stop, step):

@@ -20,7 +20,7 @@ from zograd._base.streams import CENTER
 from zograd.errors import NonFiniteError
 from zograd.estimate.statistics import ErrorBars, Groups
 from zograd.evaluators.base import default_chunk
-from zograd.evaluators.objective import function_name
+from zograd.evaluators.task.objective import function_name
 from zograd.evaluators.vmap import Vmap
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from zograd._base.trees import Leaves, Space
     from zograd.distributions.base import Distribution
     from zograd.evaluators.base import Evaluator
-    from zograd.evaluators.objective import Objective
-    from zograd.evaluators.points import Points
+    from zograd.evaluators.task.objective import Objective
+    from zograd.evaluators.task.points import Points
     from zograd.schemes import Scheme
     from zograd.shaping import Shaping
 
@@ -62,7 +62,7 @@ class Surrogate:
         self._space = points.directions.space
         self._vmapped = isinstance(evaluator, Vmap)
         self._batched = evaluator.batched
-        self._build = objective.arguments.builder()
+        self._build = objective.arguments.build
         self._stream = objective.stream
         self._typed = f"`zero_order(surrogate={function_name(h).strip('`')})`"
 
@@ -84,17 +84,16 @@ class Surrogate:
         many = self._vmapped or self._batched
         for lo, hi in points.spans(default_chunk(points) if many else points.directions.block, 0, None):
             if many:
-                sides = [self._at(points.batch(lo, hi, (side,)), lo, rows=hi - lo) for side in points.sides]
+                sides = [self._at(points.rows(lo, hi, (side,)), lo, rows=hi - lo) for side in points.offsets]
             else:
                 sides = self._one_by_one(lo, hi)
             yield lo, torch.stack([values for values, _ in sides], dim=1), [gradients for _, gradients in sides]
 
     def _one_by_one(self, lo: int, hi: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        rows = [
-            [self._at(point(side), lo + k) for side in self._points.sides]
-            for k, point in enumerate(self._points.rows(lo, hi))
-        ]
-        return [tuple(map(torch.cat, zip(*column, strict=True))) for column in zip(*rows, strict=True)]  # type: ignore[misc]
+        sides = len(self._points.offsets)
+        rows = [self._at(point, lo + k // sides) for k, point in enumerate(self._points.each(lo, hi))]
+        columns = [rows[j::sides] for j in range(sides)]
+        return [tuple(map(torch.cat, zip(*column, strict=True))) for column in columns]  # type: ignore[misc]
 
     def _at(self, params: Leaves, index: int, rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Values and gradients, a row each, at a point or at many of which ``params`` has a row each."""
@@ -237,3 +236,35 @@ class ControlVariate:
             (half.a + a * half.b) / half.directions for a, half in zip(self.factors, self._halves, strict=True)
         )
         return first, second
+
+
+def control_variate(
+    h: Callable[..., Any],
+    objective: Objective,
+    points: Points,
+    evaluator: Evaluator,
+    scheme: Scheme,
+    coefficients: torch.Tensor,
+) -> ControlVariate:
+    """Return an estimate with a surrogate's part in it.
+
+    Args:
+        h: the surrogate.
+        objective: ``fn``.
+        points: those of the estimate.
+        evaluator: how ``fn`` was called.
+        scheme: the offsets and weights.
+        coefficients: those of ``fn``.
+
+    Returns:
+        The surrogate's part; its ``mean`` is the flat gradient.
+
+    Raises:
+        ValueError: if ``fn`` returned several values.
+    """
+    if coefficients.dim() > 1:
+        raise ValueError(
+            "`zero_order(surrogate=...)` is for objectives of one value, got the shape "
+            f"{tuple(coefficients.shape[1:])} from {objective.name}."
+        )
+    return ControlVariate(Surrogate(h, objective, points, evaluator), points, scheme, coefficients)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
-
-from zograd._base import checks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zograd.evaluators.objective import Objective
-    from zograd.evaluators.points import Points
-
-Piece: TypeAlias = "torch.Tensor | list[list[float]]"
+    from zograd.evaluators.task.answer import Answer
+    from zograd.evaluators.task.objective import Objective
+    from zograd.evaluators.task.points import Points
 
 EVALUATORS: dict[str, type[Evaluator]] = dict.fromkeys(("loop", "vmap", "batched"))  # type: ignore[assignment]
 """The evaluators that ``evaluator=`` accepts by name."""
@@ -28,10 +25,14 @@ _SHARING = 16  # points that share their parameters: best or near it for network
 
 
 class Evaluator(ABC):
-    """Calls ``fn`` on points and yields the values in order, in pieces of any size.
+    """A map from points to values: it decides how ``fn`` is called, and knows nothing of coefficients or sums.
 
-    It owns the chunks and knows nothing of coefficients or sums; the estimator owns those and knows nothing of chunks.
+    A subclass defines :meth:`values`. ``fn`` and ``points`` pickle, so that an evaluator for another engine sends both
+    to its workers, which call ``fn.evaluate(points, lo, hi)``, and hands their answers on unopened.
     """
+
+    batched: bool = False
+    """Whether ``fn`` itself takes a leading axis of parameter sets."""
 
     def __init_subclass__(cls, name: str | None = None, **keywords: Any) -> None:
         """Let ``evaluator=name`` mean one of this class."""
@@ -39,31 +40,34 @@ class Evaluator(ABC):
         if name is not None:
             EVALUATORS[name] = cls
 
-    batched: bool = False
-    """Whether ``fn`` itself takes a leading axis of parameter sets."""
-
-    @abstractmethod
-    def __call__(
-        self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
-    ) -> Iterator[Piece]:
-        """Evaluate directions ``lo`` to ``hi``.
+    def center(self, fn: Objective, points: Points) -> Answer:
+        """Evaluate the parameters themselves: by default here, in one plain call.
 
         Args:
-            fn: the objective; ``fn.center`` evaluates the center, ``fn(point, i)`` one point of direction i,
-                ``fn.many`` the points of many directions at once.
+            fn: the objective.
+            points: those of the estimate.
+
+        Returns:
+            The answer.
+        """
+        return fn.center(points, batched=self.batched)
+
+    @abstractmethod
+    def values(self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None) -> Iterator[Answer]:
+        """Evaluate the points of directions ``lo`` to ``hi``.
+
+        Args:
+            fn: the objective; ``fn.evaluate(points, lo, hi)`` evaluates the points of some directions.
             points: where.
             lo: the first direction.
             hi: one past the last; None for all.
-            center: whether to begin with the center.
 
         Yields:
-            First the center's value, of shape ``out``, if asked for; then float64 values of shape
-            ``(directions, sides, *out)``, any number of directions at a time, in order, each exactly once. Rows of
-            Python floats will do in place of a tensor where ``fn`` returns one value.
+            Answers with float64 values of shape ``(directions, offsets, *out)``, for any number of directions at a
+            time, in order, each direction exactly once. One with an error may come before all others.
 
-        An evaluator that knows values before it yields them calls ``fn.arrived(i, j, value)`` for direction i and the
-        side ``points.sides[j]``, unless ``fn.arrived`` is None: a journal writes them down. One that has ``fn`` called
-        by others, past ``fn`` here, says so by ``fn.count(evaluations)`` as the calls begin.
+        An evaluator that knows values before it yields them calls ``fn.arrived(number, value)`` with the number of the
+        point, unless ``fn.arrived`` is None: a journal writes them down.
         """
 
     def __repr__(self) -> str:
@@ -78,7 +82,7 @@ class Evaluator(ABC):
 
 
 def as_evaluator(inner: Evaluator | str, typed: str) -> Evaluator:
-    """The evaluator of a name, or the evaluator itself.
+    """Return the evaluator of a name, or the evaluator itself.
 
     Args:
         inner: what the user gave.
@@ -100,32 +104,21 @@ def as_evaluator(inner: Evaluator | str, typed: str) -> Evaluator:
     return EVALUATORS[inner]()
 
 
-def check_chunk_size(chunk_size: int | None, name: str) -> int | None:
-    """Refuse a chunk that holds nothing."""
-    return checks.integer(chunk_size, f"`{name}(chunk_size=...)`", least=1, none=True)
-
-
-def check_prefetch(prefetch: bool | None, name: str) -> bool | None:
-    """Refuse what is neither a bool nor None."""
-    checks.boolean(prefetch, f"`{name}(prefetch=...)`", none=True)
-    return prefetch
-
-
 def default_chunk(points: Points) -> int:
-    """Directions in a call: about as many as the cache holds with their points and results, in calls of equal size."""
-    num, block = len(points), points.directions.block
+    """Return how many directions go into a call: about as many as the cache holds, in calls of equal size."""
+    num, block = len(points.directions), points.directions.block
     fitting = fitting_rows(points)
     if points.directions.distribution.factored:  # all sides come in one call
-        fitting = max(1, fitting // len(points.sides))
+        fitting = max(1, fitting // len(points.offsets))
     even = math.ceil(num / max(1, round(num / fitting)))
     return even if even < block else math.ceil(even / block) * block
 
 
 def fitting_rows(points: Points) -> int:
-    """Points whose values, with those of their directions and results, fit into the cache, or the device's memory."""
+    """Return how many points fit, with their directions and results, into the cache or the device's memory."""
     space = points.directions.space
     if points.directions.distribution.factored:
-        return _SHARING  # their results are what takes room, of which nothing is known
+        return _SHARING  # most memory goes to their results, of which nothing is known
     # Some kinds of device, Apple's for one, do not tell what memory is free.
     info = None if space.device.type == "cpu" else getattr(torch.get_device_module(space.device), "mem_get_info", None)
     if info is None:

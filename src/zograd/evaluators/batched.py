@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zograd.evaluators.base import Evaluator, check_chunk_size, check_prefetch, default_chunk
+from zograd._base import checks
+from zograd.evaluators.base import Evaluator, default_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zograd.evaluators.base import Piece
-    from zograd.evaluators.objective import Objective
-    from zograd.evaluators.points import Points
+    from zograd.evaluators.task.answer import Answer
+    from zograd.evaluators.task.objective import Objective
+    from zograd.evaluators.task.points import Points
 
 
 class Batched(Evaluator, name="batched"):
@@ -44,16 +45,17 @@ class Batched(Evaluator, name="batched"):
     batched = True
 
     def __init__(self, chunk_size: int | None = None, *, prefetch: bool | None = None) -> None:
-        self.chunk_size: int | None = check_chunk_size(chunk_size, "Batched")
-        self.prefetch: bool | None = check_prefetch(prefetch, "Batched")
+        self.chunk_size: int | None = checks.integer(chunk_size, "`Batched(chunk_size=...)`", least=1, none=True)
+        checks.boolean(prefetch, "`Batched(prefetch=...)`", none=True)
+        self.prefetch: bool | None = prefetch
 
-    def __call__(
-        self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
-    ) -> Iterator[Piece]:
-        """Yield chunk by chunk."""
-        if center:
-            yield fn.center(tuple(leaf.unsqueeze(0) for leaf in points.center()), batched=True)
+    def values(self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None) -> Iterator[Answer]:
+        """Evaluate chunk by chunk."""
         points.directions.prefetch = self.prefetch
         for start, stop in points.spans(self.chunk_size or default_chunk(points), lo, hi):
-            sides = [fn.many(points.batch(start, stop, (side,)), start, vmapped=False) for side in points.sides]
-            yield torch.stack(sides, dim=1)
+            yield fn.evaluate(points, start, stop, _batched)
+
+
+def _batched(fn: Objective, points: Points, lo: int, hi: int) -> torch.Tensor:
+    """Return the values by one call of ``fn`` for each offset."""
+    return fn.batched(points, lo, hi)

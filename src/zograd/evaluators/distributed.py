@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,14 +16,14 @@ from zograd._base.versions import __version__
 from zograd.errors import RankError, ReplayError
 from zograd.evaluators.base import Evaluator, as_evaluator
 from zograd.evaluators.exchange import Exchange
-from zograd.evaluators.reports import Report, Share, gather
+from zograd.evaluators.ranks import Outcome, Share, gather
+from zograd.evaluators.task.answer import Answer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zograd.evaluators.base import Piece
-    from zograd.evaluators.objective import Objective
-    from zograd.evaluators.points import Points
+    from zograd.evaluators.task.objective import Objective
+    from zograd.evaluators.task.points import Points
 
 _SEEN = 1024  # values of direction 0 that the ranks compare
 
@@ -80,39 +83,60 @@ class Distributed(Evaluator):
     """
 
     def __init__(self, group: Any = None, inner: Evaluator | str = "loop", timeout: float = 1800.0) -> None:
-        self.group: Any = group
-        self.inner: Evaluator = as_evaluator(inner, "Distributed(inner=...)")
         seconds = checks.number(
             timeout, "`Distributed(timeout=...)`", checks.POSITIVE_FINITE, kind="a number of seconds"
         )
+        self.group: Any = group
+        self.inner: Evaluator = as_evaluator(inner, "Distributed(inner=...)")
         self.timeout: float = float(seconds)
         self.batched: bool = self.inner.batched
 
-    def __call__(
-        self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
-    ) -> Iterator[Piece]:
-        """Yield the values of all ranks, once they are there."""
-        hi = len(points) if hi is None else hi
-        if lo == hi and not center:
-            return
+    def center(self, fn: Objective, points: Points) -> Answer:
+        """Evaluate the parameters on each rank, for the shape and the traces; the value is that of the first rank."""
         exchange = Exchange(self.group, self.timeout)
         if len(exchange.ranks) == 1:
-            yield from self.inner(fn, points, lo, hi, center=center)
+            return self.inner.center(fn, points)
+        _agree(exchange, points, "the center")
+        answer: Answer | None = None
+
+        def evaluate() -> torch.Tensor:
+            nonlocal answer
+            with fn.unjudged():
+                answer = self.inner.center(fn, points)
+                return fn.take(answer, points).unsqueeze(0)
+
+        values = gather(exchange, Share.one_each(exchange), Outcome.of(evaluate), fn.name, 1)
+        assert answer is not None
+        fn.judge_center(values[0])
+        return replace(answer, values=values[0].to(answer.device))
+
+    def values(self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None) -> Iterator[Answer]:
+        """Yield the values of all ranks, once they are there."""
+        hi = len(points.directions) if hi is None else hi
+        exchange = Exchange(self.group, self.timeout)
+        if lo == hi or len(exchange.ranks) == 1:
+            yield from self.inner.values(fn, points, lo, hi)
             return
-        if not points.directions.replayable:
-            raise ReplayError(
-                f"`Distributed`: the directions of {points.directions.distribution} cannot be made again on another "
-                "rank. Draw from torch's random functions in `sample`."
-            )
-        _agree(exchange, points, lo, hi, center)
+        # Judged when all of them are there, so that every rank raises the same.
+        yield fn.evaluate(points, lo, hi, functools.partial(self._gathered, exchange))
+
+    def _gathered(self, exchange: Exchange, fn: Objective, points: Points, lo: int, hi: int) -> torch.Tensor:
+        _agree(exchange, points, (lo, hi))
         share = Share.of(exchange, lo, hi)
-        report = _evaluate(self.inner, fn, points, share, center)
-        first, values = gather(exchange, share, report, fn.name, len(points.sides), center)
-        fn.repeated -= (hi - lo - share.mine) * len(points.sides)
-        if center:
-            fn.recall(first.to(fn.value))
-            yield first.to(fn.value.device)
-        yield values.to(fn.value.device)
+        first, last = share.cuts[share.index : share.index + 2]
+        row = (len(points.offsets), *fn.shape)
+
+        def evaluate() -> torch.Tensor:
+            values = torch.empty(0, *row, dtype=torch.float64, device="cpu")
+            if first < last:
+                with fn.unjudged():
+                    answers = self.inner.values(fn, points, first, last)
+                    values = torch.cat([values, *(fn.take(answer, points).cpu() for answer in answers)])
+            if len(values) != share.mine:
+                raise ValueError(f"the inner evaluator must yield {share.mine} directions, got {len(values)}.")
+            return values
+
+        return gather(exchange, share, Outcome.of(evaluate), fn.name, math.prod(row))
 
     def __repr__(self) -> str:
         group = "" if self.group is None else f"{self.group!r}, "
@@ -122,10 +146,15 @@ class Distributed(Evaluator):
         return Distributed(self.group, copy.deepcopy(self.inner, memo), self.timeout)  # a group has no copies
 
 
-def _agree(exchange: Exchange, points: Points, lo: int, hi: int, center: bool) -> None:
+def _agree(exchange: Exchange, points: Points, span: Any) -> None:
     """Raise on every rank if one would evaluate other points."""
+    if not points.directions.replayable:
+        raise ReplayError(
+            f"`Distributed`: the directions of {points.directions.distribution} cannot be made again on another "
+            "rank. Draw from torch's random functions in `sample`."
+        )
     directions, space = points.directions, points.directions.space
-    asked = [directions.num, lo, hi, center, list(points.sides), list(points.sigma), space.batch_dim, space.slices]
+    asked = [directions.num, span, list(points.offsets), list(points.sigma), space.batch_dim, space.slices]
     first = [values for _, values in directions.values(0, 0, min(space.size, _SEEN))]
     told = {
         "versions": [__version__, str(torch.__version__)],
@@ -145,21 +174,3 @@ def _agree(exchange: Exchange, points: Points, lo: int, hi: int, center: bool) -
                 f"`Distributed`: the ranks do not agree on the {what}: those of {exchange.name(others)} differ from "
                 f"those of {exchange.name([0])}. {_HINTS[what]}"
             )
-
-
-def _evaluate(inner: Evaluator, fn: Objective, points: Points, share: Share, center: bool) -> Report:
-    """The values of this rank's slice."""
-    lo, hi = share.cuts[share.index : share.index + 2]
-    values: list[torch.Tensor] = []
-    try:
-        if center or lo < hi:
-            for piece in inner(fn, points, lo, hi, center=center):
-                tensor = torch.tensor(piece, dtype=torch.float64) if isinstance(piece, list) else piece
-                values.append(tensor.to("cpu", torch.float64).reshape(-1))
-        flat = torch.cat(values) if values else torch.empty(0, dtype=torch.float64, device="cpu")
-        wanted = (center + (hi - lo) * len(points.sides)) * fn.shape.numel()
-        if flat.numel() != wanted:
-            raise ValueError(f"the inner evaluator must yield {wanted} numbers, got {flat.numel()}.")
-    except (Exception, SystemExit) as error:  # what it is, the others decide with this rank
-        return Report(torch.Size(), torch.empty(0, dtype=torch.float64, device="cpu"), error)
-    return Report(fn.shape, flat)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Groups of our own by the default one, their ranks and the timeout: a new default group knows nothing of the old ones.
-_groups: WeakKeyDictionary[Any, dict[tuple[tuple[int, ...], float], Any]] = WeakKeyDictionary()
+# torch holds them until `destroy_process_group`. If they were held here longer, they would end with the interpreter,
+# whose exit aborts on gloo's threads.
+_groups: WeakKeyDictionary[Any, WeakValueDictionary[tuple[tuple[int, ...], float], Any]] = WeakKeyDictionary()
 
 
 class Exchange:
@@ -48,7 +50,7 @@ class Exchange:
         self._group = None if len(self.ranks) == 1 else self._own(group)
 
     def _own(self, group: Any) -> Any:
-        made = _groups.setdefault(dist.group.WORLD, {})
+        made = _groups.setdefault(dist.group.WORLD, WeakValueDictionary())
         key = (tuple(self.ranks), self._timeout)
         if key not in made:
             patience = timedelta(seconds=self._timeout)

@@ -5,30 +5,33 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import math
 import os
 import platform
 from collections.abc import Generator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, proxy
 
 import torch
 
 from zograd._base import checks
 from zograd._base.buffers import from_bytes, to_bytes
 from zograd._base.digest import Digest, Undigestable, code_of
+from zograd._base.isolation import leaves_traces
 from zograd._base.streams import CENTER
 from zograd._base.versions import __version__
 from zograd.errors import JournalError, ReplayError
 from zograd.evaluators.base import Evaluator, as_evaluator
-from zograd.evaluators.journal_file import Ledger
+from zograd.evaluators.journal_file import JournalFile
+from zograd.evaluators.task.answer import Answer
+from zograd.evaluators.task.objective import all_finite
 from zograd.failures import dropping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from zograd.evaluators.base import Piece
-    from zograd.evaluators.objective import Objective, Value
-    from zograd.evaluators.points import Points
+    from zograd.evaluators.task.objective import Objective
+    from zograd.evaluators.task.points import Points
 
 _FORMAT = "1"
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
@@ -85,58 +88,65 @@ class Journal(Evaluator):
         self.path: str = os.fspath(path)
         self.key: Callable[..., Any] | None = key
         self.batched: bool = self.inner.batched
-        self._ledger = Ledger(self.path)
+        self._file = JournalFile(self.path)
+        self._estimates: WeakKeyDictionary[Objective, _Recorded] = WeakKeyDictionary()
 
     def close(self) -> None:
         """Close the file; the next estimate opens it again."""
-        self._ledger.close()
+        self._file.close()
 
-    def __call__(
-        self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
-    ) -> Iterator[Piece]:
+    def center(self, fn: Objective, points: Points) -> Answer:
+        """Return the center's value from the file; a module is evaluated again, for the traces that this leaves."""
+        recorded = self._recorded(fn, points)
+        if recorded.center is not None and not leaves_traces(fn.fn):
+            return recorded.recall_center()
+        answer = self.inner.center(fn, points)
+        return answer if answer.error is not None else recorded.take_center(answer)
+
+    def values(self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None) -> Iterator[Answer]:
         """Yield what the file has, and what the inner evaluator finds for the rest."""
-        hi = len(points) if hi is None else hi
-        page = self._page(fn, points)
-        asked = center and (page.center is None or hasattr(fn.fn, "at_center"))
-        fn.repeated -= page.known(lo, hi) + (center and not asked)
-        if center and not asked:
-            yield page.recall_center()
-        spans = list(page.spans(lo, hi))
-        if asked and not (spans and spans[0][2]):
-            spans.insert(0, (lo, lo, points.sides))
-        for n, (start, stop, sides) in enumerate(spans):
-            if sides:
-                yield from self._evaluate(page, start, stop, sides, center=asked and n == 0)
+        recorded = self._recorded(fn, points)
+        for start, stop, offsets in list(recorded.spans(lo, len(points.directions) if hi is None else hi)):
+            if offsets:
+                yield from self._evaluate(fn, recorded, start, stop, offsets)
             else:
-                yield page.values(start, stop)
-        page.settle()
+                yield Answer(recorded.values(start, stop))
+        recorded.settle()
 
-    def _page(self, fn: Objective, points: Points) -> _Page:
-        if not points.directions.replayable:
-            raise ReplayError(
-                f"`Journal`: the directions of {points.directions.distribution} cannot be made again when the run is "
-                "started again. Draw from torch's random functions in `sample`."
-            )
-        self._ledger.open(_header(fn.fn))
-        return _Page(self._ledger, _digest(fn, points, self.key), fn, points)
+    def _recorded(self, fn: Objective, points: Points) -> _Recorded:
+        if fn not in self._estimates:
+            if not points.directions.replayable:
+                raise ReplayError(
+                    f"`Journal`: the directions of {points.directions.distribution} cannot be made again when the run "
+                    "is started again. Draw from torch's random functions in `sample`."
+                )
+            self._file.open(_header(fn.fn))
+            self._estimates[fn] = _Recorded(self._file, _digest(fn, points, self.key), fn, points)
+        return self._estimates[fn]
 
     def _evaluate(
-        self, page: _Page, start: int, stop: int, sides: tuple[float, ...], *, center: bool
-    ) -> Iterator[Piece]:
-        fn, points = page.fn, page.points
-        columns = [points.sides.index(side) for side in sides]
-        fn.arrived = page.listener(columns)
-        pieces = self.inner(fn, points.only(sides), start, stop, center=center)
+        self, fn: Objective, recorded: _Recorded, start: int, stop: int, offsets: tuple[float, ...]
+    ) -> Iterator[Answer]:
+        points = recorded.points
+        columns = [points.offsets.index(c) for c in offsets]
+        fn.arrived = recorded.listener(columns)
+        answers = self.inner.values(fn, points.only(offsets), start, stop)
         try:
-            if center:
-                yield page.take_center(next(pieces))
-            for piece in pieces:
-                yield page.take(piece, start, columns)
-                start += len(piece)
+            for answer in answers:
+                if answer.error is None:
+                    answer = replace(answer, values=recorded.take(answer.values, start, columns))
+                    start += len(answer.values)
+                yield answer
         finally:
             fn.arrived = None
-            if isinstance(pieces, Generator):
-                pieces.close()
+            if isinstance(answers, Generator):
+                answers.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: part for name, part in self.__dict__.items() if name != "_estimates"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _estimates=WeakKeyDictionary())
 
     def __repr__(self) -> str:
         key = "" if self.key is None else f", key={self.key!r}"
@@ -150,28 +160,31 @@ class Journal(Evaluator):
         return hash(self.path)
 
 
-class _Page:
-    """The rows of one estimate: those of the file, and those that come."""
+class _Recorded:
+    """The values of one estimate: those of the file, and those that come.
 
-    def __init__(self, ledger: Ledger, key: bytes, fn: Objective, points: Points) -> None:
-        self.fn, self.points = fn, points
-        self._ledger, self._key = ledger, key
-        self._rows = ledger.read(key)
+    Args:
+        file: the file.
+        key: of the estimate.
+        fn: the objective, which may be gone before this is.
+        points: where.
+    """
+
+    def __init__(self, file: JournalFile, key: bytes, fn: Objective, points: Points) -> None:
+        self.fn: Objective = proxy(fn)
+        self.points = points
+        self._file, self._key = file, key
+        self._rows = file.read(key)
         self._pending: dict[int, bytes] = {}  # not finite: of use only if the estimate comes to its end
-        self.center = self._rows.pop(CENTER, None)
+        self.center: bytes | None = self._rows.pop(CENTER, None)
         if dropping(fn.policy) is None:  # what another policy gave up, this one has to evaluate
-            self._rows = {point: data for point, data in self._rows.items() if _finite(from_bytes(data))}
+            self._rows = {point: data for point, data in self._rows.items() if all_finite(from_bytes(data))}
 
     # ------------------------------------------------------------------------------------------ what is in the file
 
-    def known(self, lo: int, hi: int) -> int:
-        """Points of these directions that need no evaluation."""
-        sides = len(self.points.sides)
-        return sum(point in self._rows for point in range(lo * sides, hi * sides))
-
     def spans(self, lo: int, hi: int) -> Iterator[tuple[int, int, tuple[float, ...]]]:
         """Spans of directions that lack the same sides, and those sides."""
-        sides = self.points.sides
+        sides = self.points.offsets
 
         def missing(i: int) -> tuple[float, ...]:
             return tuple(c for j, c in enumerate(sides) if i * len(sides) + j not in self._rows)
@@ -182,65 +195,62 @@ class _Page:
 
     def values(self, lo: int, hi: int) -> torch.Tensor:
         """Values of whole directions, from the file."""
-        sides = len(self.points.sides)
+        sides = len(self.points.offsets)
         rows = [self._row(point) for point in range(lo * sides, hi * sides)]
-        return torch.stack(rows).view(hi - lo, sides, *self.fn.shape).to(self.fn.value.device)
+        return torch.stack(rows).view(hi - lo, sides, *self.fn.shape).to(self.fn.device)
 
     def _row(self, point: int) -> torch.Tensor:
         data = self._rows[point]
         if len(data) != 8 * self.fn.shape.numel():
             raise JournalError(
-                f"`Journal(path={self._ledger.path!r})`: {self.fn.name} returned values of shape "
+                f"`Journal(path={self._file.path!r})`: {self.fn.name} returned values of shape "
                 f"{tuple(self.fn.shape)} now and others before: it is not a function of its arguments and seed alone."
             )
         return from_bytes(data, self.fn.shape)
 
-    def recall_center(self) -> torch.Tensor:
-        """The center's value, with what its evaluation had shown about ``fn``."""
+    def recall_center(self) -> Answer:
+        """Return the center's value, with what its evaluation had shown about ``fn``."""
         head, _, data = (self.center or b"").partition(b"\0")
         try:
             told = json.loads(head)
-            dtype = _DTYPES[told["dtype"]]
-            exact = from_bytes(data, told["shape"]).to(told["device"])
-            self.fn.habits.differentiates |= bool(told["differentiates"])
+            answer = Answer(from_bytes(data, told["shape"]).to(told["device"]), dtype=_DTYPES[told["dtype"]])
+            answer.report.facts.differentiates = bool(told["differentiates"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise JournalError(
-                f"`Journal(path={self._ledger.path!r})` is damaged: the center's value cannot be read: {error!r}. Give "
+                f"`Journal(path={self._file.path!r})` is damaged: the center's value cannot be read: {error!r}. Give "
                 "another path, or delete the file and evaluate again."
             ) from error
-        self.fn.recall(exact.to(dtype))
-        return exact
+        return answer
 
     # ------------------------------------------------------------------------------------------------ what arrives
 
-    def take_center(self, value: Piece) -> Piece:
-        """Write the center's value down, or replace one that was evaluated for its traces by that of the file."""
+    def take_center(self, answer: Answer) -> Answer:
+        """Write the center's value down; one that was evaluated for its traces gives way to that of the file."""
         if self.center is not None:
-            return self.recall_center()
-        if not isinstance(value, torch.Tensor):
-            return value  # which the estimator will not have
+            recalled = self.recall_center()
+            return replace(answer, values=recalled.values, dtype=recalled.dtype)
         told = {
-            "shape": list(value.shape),
-            "dtype": str(self.fn.value.dtype).removeprefix("torch."),
-            "device": str(value.device),
-            "differentiates": self.fn.habits.differentiates,
+            "shape": list(answer.values.shape),
+            "dtype": str(answer.dtype).removeprefix("torch."),
+            "device": str(answer.device),
+            "differentiates": answer.report.facts.differentiates,
         }
-        self._keep({CENTER: json.dumps(told).encode() + b"\0" + to_bytes(value)}, finite=_finite(value))
-        return value
+        self._keep({CENTER: json.dumps(told).encode() + b"\0" + to_bytes(answer.values)}, finite=True)
+        return answer
 
-    def listener(self, columns: list[int]) -> Callable[[int, int, Value], None]:
-        """What an evaluator of these sides tells each value as it comes."""
-        sides = len(self.points.sides)
+    def listener(self, columns: list[int]) -> Callable[[int, torch.Tensor], None]:
+        """Return what an evaluator of points at these offsets tells each value as it comes."""
+        sides, asked = len(self.points.offsets), len(columns)
 
-        def arrived(i: int, j: int, value: Value) -> None:
-            self._keep({i * sides + columns[j]: to_bytes(value)}, finite=_finite(value))
+        def arrived(number: int, value: torch.Tensor) -> None:
+            i, j = divmod(number, asked)
+            self._keep({i * sides + columns[j]: to_bytes(value)}, finite=all_finite(value))
 
         return arrived
 
-    def take(self, piece: Piece, start: int, columns: list[int]) -> Piece:
-        """Write a piece down, as far as it was not as it came, and put the sides in that the file has."""
-        values = torch.tensor(piece, dtype=torch.float64) if isinstance(piece, list) else piece
-        sides, count = len(self.points.sides), len(values)
+    def take(self, values: torch.Tensor, start: int, columns: list[int]) -> torch.Tensor:
+        """Write values down, as far as they were not as they came, and put the offsets in that the file has."""
+        sides, count = len(self.points.offsets), len(values)
         fresh = {
             (start + r) * sides + column: (r, k)
             for r in range(count)
@@ -249,11 +259,11 @@ class _Page:
         }
         if fresh:
             host = values.detach().to("cpu", torch.float64)
-            finite = {point: _finite(host[at]) for point, at in fresh.items()}
+            finite = {point: all_finite(host[at]) for point, at in fresh.items()}
             for which in (True, False):
                 self._keep({p: to_bytes(host[at]) for p, at in fresh.items() if finite[p] is which}, finite=which)
         if len(columns) == sides or not count:
-            return piece if len(columns) == sides else values.new_empty((0, sides, *self.fn.shape))
+            return values if len(columns) == sides else values.new_empty((0, sides, *self.fn.shape))
         self._rows.update(self._pending)
         return self.values(start, start + count).to(values.device)
 
@@ -261,30 +271,28 @@ class _Page:
         if not finite:
             self._pending.update(rows)
         elif rows:
-            self._ledger.write(self._key, rows)
+            self._file.write(self._key, rows)
             self._rows.update(rows)
 
     def settle(self) -> None:
         """The estimate took all values, those that are not finite included."""
         if self._pending:
-            self._ledger.write(self._key, self._pending)
+            self._file.write(self._key, self._pending)
 
 
 def _digest(fn: Objective, points: Points, key: Callable[..., Any] | None) -> bytes:
     """The key of an estimate: 128 bits of all that its values depend on."""
     directions, space = points.directions, points.directions.space
-    shared = fn.stream is not None and fn.stream.shared
     device = space.device.type
     autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-    digest = Digest().add([directions.seed, directions.num, list(points.sides), list(points.sigma), shared])
+    digest = Digest().add([directions.seed, directions.num, list(points.offsets), list(points.sigma), fn.shared])
     digest.add([space.batch_dim, space.slices, device, str(torch.get_default_dtype()), autocast])
     digest.add([leaf.detach() for leaf in points.params])
     # A point of direction 0, which tells the distribution with all its settings from any other.
-    (first,) = points.rows(0, 1)
-    digest.add([leaf.detach() for leaf in first(points.sides[0])])
+    digest.add([leaf.detach() for leaf in points.first()])
     if key is not None:
-        args, kwargs = fn.arguments.builder()(points.params)
-        stands = key(*args[hasattr(fn.fn, "at_center") :], **kwargs)
+        args, kwargs = fn.arguments.build(points.params)
+        stands = key(*args[leaves_traces(fn.fn) :], **kwargs)
         return _add(digest, stands, "what `Journal(key=...)` returned").result()
     chosen = set(fn.arguments.chosen)
     digest.add(str(fn.arguments.spec)).add(fn.arguments.order())
@@ -327,9 +335,3 @@ def _versions() -> dict[str, str]:
         "torch version": torch.__version__,
         "Python version": ".".join(platform.python_version_tuple()[:2]),
     }
-
-
-def _finite(value: Value) -> bool:
-    if isinstance(value, torch.Tensor):
-        return bool(torch.isfinite(value).all())
-    return math.isfinite(value)

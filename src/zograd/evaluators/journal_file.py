@@ -25,7 +25,7 @@ _SCHEMA = (
 )
 
 
-class Ledger:
+class JournalFile:
     """Rows of bytes by (estimate, point), written at once and safe against the death of the process.
 
     In sqlite's write-ahead mode a committed row survives whatever kills the process; several processes and threads may

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-import torch
-
-from zograd.evaluators.base import Evaluator, check_prefetch
+from zograd._base import checks
+from zograd.evaluators.base import Evaluator
+from zograd.failures import dropping
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    from zograd._base.trees import Leaves
-    from zograd.evaluators.base import Piece
-    from zograd.evaluators.objective import Objective, Value
-    from zograd.evaluators.points import Points
+    from zograd.evaluators.task.answer import Answer
+    from zograd.evaluators.task.objective import Objective
+    from zograd.evaluators.task.points import Points
 
 
 class Loop(Evaluator, name="loop"):
@@ -39,41 +37,11 @@ class Loop(Evaluator, name="loop"):
     """
 
     def __init__(self, prefetch: bool | None = None) -> None:
-        self.prefetch: bool | None = check_prefetch(prefetch, "Loop")
+        checks.boolean(prefetch, "`Loop(prefetch=...)`", none=True)
+        self.prefetch: bool | None = prefetch
 
-    def __call__(
-        self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
-    ) -> Iterator[Piece]:
-        """Yield block by block, and at once what holds a value that is not finite, since each call may be slow."""
-        if center:
-            yield fn.center(points.center())
+    def values(self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None) -> Iterator[Answer]:
+        """Evaluate block by block, and direction by direction if a policy drops some: it may have to stop early."""
         points.directions.prefetch = self.prefetch
-        for start, stop in points.spans(points.directions.block, lo, hi):
-            rows: list[list[Value]] = []
-            for i, point in enumerate(points.rows(start, stop), start):
-                rows.append([_value(fn, point, i, j, side) for j, side in enumerate(points.sides)])
-                if not _finite(rows[-1]):
-                    yield _stack(rows)
-                    rows = []  # a new one: who got the other may keep it
-            if rows:
-                yield _stack(rows)
-
-
-def _value(fn: Objective, point: Callable[[float], Leaves], i: int, j: int, side: float) -> Value:
-    value = fn(point(side), i)
-    if fn.arrived is not None:
-        fn.arrived(i, j, value)
-    return value
-
-
-def _finite(row: list[Value]) -> bool:
-    for value in row:  # noqa: SIM110 - the generator of `all` takes longer than the comparisons
-        if type(value) is float and not math.isfinite(value):
-            return False
-    return True
-
-
-def _stack(rows: list[list[Value]]) -> Piece:
-    if isinstance(rows[0][0], float):
-        return rows  # type: ignore[return-value]
-    return torch.stack([torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in row]) for row in rows])
+        chunk = points.directions.block if dropping(fn.policy) is None else 1
+        return (fn.evaluate(points, start, stop) for start, stop in points.spans(chunk, lo, hi))

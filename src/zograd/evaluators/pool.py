@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 from concurrent.futures import Executor
@@ -9,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from zograd._base import checks
 from zograd._base.execution import cores
+from zograd._base.isolation import leaves_traces
 from zograd.errors import ReplayError
 from zograd.evaluators.base import Evaluator
 from zograd.evaluators.workers.dispatch import Dispatch
-from zograd.evaluators.workers.executor import Crew, spawned
-from zograd.evaluators.workers.worker import Job, Modes, Parcel
+from zograd.evaluators.workers.executor import Workers, spawned
+from zograd.evaluators.workers.worker import Job, PickledJob
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
 
-    from zograd.evaluators.base import Piece
-    from zograd.evaluators.objective import Objective
-    from zograd.evaluators.points import Points
+    from zograd.evaluators.task.answer import Answer
+    from zograd.evaluators.task.objective import Objective
+    from zograd.evaluators.task.points import Points
 
 
 class Pool(Evaluator):
@@ -95,59 +97,44 @@ class Pool(Evaluator):
         if executor is None:
             workers = workers or cores()
             executor = functools.partial(spawned, workers)
-        self._crew = Crew(executor, None, workers) if made else Crew(None, executor, workers)  # type: ignore[arg-type]
+        self._workers = Workers(executor, None, workers) if made else Workers(None, executor, workers)  # type: ignore[arg-type]
 
-    def __call__(
-        self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
-    ) -> Iterator[Piece]:
+    def center(self, fn: Objective, points: Points) -> Answer:
+        """Evaluate the parameters in a worker; here, if that leaves traces."""
+        if leaves_traces(fn.fn):
+            return super().center(fn, points)
+        with self._dispatch(fn, points) as dispatch:
+            return dispatch.center()
+
+    def values(self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None) -> Iterator[Answer]:
         """Yield directions in order, as soon as they and all before them are there."""
+        hi = len(points.directions) if hi is None else hi
+        if lo < hi:
+            with self._dispatch(fn, points) as dispatch:
+                yield from dispatch.directions(lo, hi)
+
+    @contextlib.contextmanager
+    def _dispatch(self, fn: Objective, points: Points) -> Iterator[Dispatch]:
         if not points.directions.replayable:
             raise ReplayError(
                 f"`Pool`: the directions of {points.directions.distribution} cannot be made again by the workers: its "
                 "`sample` gave two answers for one state of torch's random stream. Draw from torch's random functions."
             )
-        traces = hasattr(fn.fn, "at_center")
-        if center and traces:
-            yield fn.center(points.center())
-        elsewhere = center and not traces
-        hi = len(points) if hi is None else hi
-        if lo == hi and not elsewhere:
-            return
-        dispatch = Dispatch(self._crew, self._parcel(fn, points), fn, points, self.batch_size, self.timeout)
-        with self._crew.turn(), dispatch:
-            if elsewhere:
-                yield dispatch.center()
-            yield from dispatch.directions(lo, hi)
+        dispatch = Dispatch(self._workers, self._job(fn, points), fn, points, self.batch_size, self.timeout)
+        with self._workers.turn(), dispatch:
+            yield dispatch
 
-    def _parcel(self, fn: Objective, points: Points) -> Parcel:
-        """What workers get to know of an estimate; the same one where a journal asks span by span."""
-        if isinstance(fn.parcel, Parcel):
-            return fn.parcel
-        directions, stream = points.directions, fn.stream
-        job = Job(
-            fn=fn.fn,
-            arguments=fn.arguments,
-            params=points.params,
-            policy=fn.policy,
-            distribution=directions.distribution,
-            space=directions.space,
-            seed=directions.seed,
-            num=directions.num,
-            sigma=points.sigma,
-            probe=points.sides[0],
-            kind=type(points),
-            shared=stream is not None and stream.shared,
-            depth=1 if stream is None else stream.depth,
-            modes=Modes.here(directions.space.device, self.threads),
-            owned=self._crew.owned,
-            context=contextvars.copy_context(),
-        )
-        parcel = fn.parcel = Parcel(job, self._crew.ways)
-        return parcel
+    def _job(self, fn: Objective, points: Points) -> PickledJob:
+        """Return what workers get to know of an estimate; the same where a journal asks span by span."""
+        if not isinstance(fn.sent, PickledJob):
+            own = fn.for_thread(fn.fn, fn.arguments)
+            job = Job(own, points, self.threads, self._workers.owned, context=contextvars.copy_context())
+            fn.sent = PickledJob(job, self._workers.ways)
+        return fn.sent
 
     def close(self) -> None:
         """End the pool's own executor, whatever it is doing; the next estimate makes a new one."""
-        self._crew.end()
+        self._workers.end()
 
     def __enter__(self) -> Pool:
         return self
@@ -159,7 +146,7 @@ class Pool(Evaluator):
 
     def __repr__(self) -> str:
         settings = f"batch_size={self.batch_size}, timeout={self.timeout}, threads={self.threads}"
-        return f"Pool({self._crew!r}, {settings})"
+        return f"Pool({self._workers!r}, {settings})"
 
     def __eq__(self, other: object) -> bool:
         return self is other

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zograd.evaluators.base import Evaluator, check_chunk_size, check_prefetch, default_chunk, fitting_rows
+from zograd._base import checks
+from zograd.evaluators.base import Evaluator, default_chunk, fitting_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zograd.evaluators.base import Piece
-    from zograd.evaluators.objective import Objective
-    from zograd.evaluators.points import Points
+    from zograd.evaluators.task.answer import Answer
+    from zograd.evaluators.task.objective import Objective
+    from zograd.evaluators.task.points import Points
 
 
 class Vmap(Evaluator, name="vmap"):
@@ -42,52 +43,35 @@ class Vmap(Evaluator, name="vmap"):
     """
 
     def __init__(self, chunk_size: int | None = None, *, prefetch: bool | None = None) -> None:
-        self.chunk_size: int | None = check_chunk_size(chunk_size, "Vmap")
-        self.prefetch: bool | None = check_prefetch(prefetch, "Vmap")
+        self.chunk_size: int | None = checks.integer(chunk_size, "`Vmap(chunk_size=...)`", least=1, none=True)
+        checks.boolean(prefetch, "`Vmap(prefetch=...)`", none=True)
+        self.prefetch: bool | None = prefetch
 
-    def __call__(
-        self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None, *, center: bool = True
-    ) -> Iterator[Piece]:
-        """Yield chunk by chunk."""
-        if center:
-            yield fn.center(points.center())
+    def values(self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None) -> Iterator[Answer]:
+        """Evaluate chunk by chunk."""
         points.directions.prefetch = self.prefetch
         for start, stop in points.spans(self.chunk_size or default_chunk(points), lo, hi):
-            yield self._values(fn, points, start, stop)
-
-    def _values(self, fn: Objective, points: Points, lo: int, hi: int) -> torch.Tensor:
-        sides, shared = points.sides, fn.stream is not None and fn.stream.shared
-        if (shared or not fn.habits.draws) and len(sides) * (hi - lo) <= fitting_rows(points):
-            # All sides in one call, which must not draw unless they all draw the same.
-            rows = _side(fn, points, lo, hi, sides, "same" if shared else "error")
-            if rows is not None:
-                return rows.view(len(sides), hi - lo, *rows.shape[1:]).transpose(0, 1)
-        randomness = "same" if shared else "different"
-        columns = [_side(fn, points, lo, hi, (side,), randomness) for side in sides]
-        return torch.stack([column for column in columns if column is not None], dim=1)
+            yield fn.evaluate(points, start, stop, _vectorized)
 
 
-def _side(
-    fn: Objective, points: Points, lo: int, hi: int, sides: tuple[float, ...], randomness: str
-) -> torch.Tensor | None:
-    """The values side after side; None if ``fn`` drew although it should not."""
-    if points.directions.distribution.factored:
-        rows, point = points.factors(lo, hi, sides)
-    else:
-        rows, point = points.batch(lo, hi, sides), None
+def _vectorized(fn: Objective, points: Points, lo: int, hi: int) -> torch.Tensor:
+    """Return values by one call for all offsets if they fit and ``fn`` draws alike at each; else by one for each."""
+    offsets = points.offsets
     try:
-        return fn.many(rows, lo, vmapped=True, randomness=randomness, point=point)
+        if (fn.shared or not fn.facts.draws) and len(offsets) * (hi - lo) <= fitting_rows(points):
+            values = fn.vectorized(points, lo, hi, offsets, "same" if fn.shared else "error")
+            if values is not None:
+                return values
+        randomness = "same" if fn.shared else "different"
+        columns = [fn.vectorized(points, lo, hi, (offset,), randomness) for offset in offsets]
     except RuntimeError as error:
-        if randomness == "error" and "randomness error mode" in str(error):
-            fn.habits.draws = True
-            fn.repeated += rows[0].shape[0]
-            return None
         if not _concerns_vmap(error):
             raise
         raise RuntimeError(
             f'{fn.name} cannot be vectorized by `evaluator="vmap"`: use `evaluator="loop"`, which calls it point '
             f"by point. torch said: {error}"
         ) from error
+    return torch.cat([column for column in columns if column is not None], dim=1)
 
 
 def _concerns_vmap(error: RuntimeError) -> bool:

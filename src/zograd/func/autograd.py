@@ -8,241 +8,167 @@ made from the same values, which is how second derivatives come about.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
-from zograd._base.streams import draw_seed
-from zograd._base.trees import Arguments, Space
-from zograd.distributions.directions import Directions
-from zograd.distributions.sums import by_slice, contract, from_slices, project, weigh
+from zograd._base.torch_private import (
+    forward_mode_active,
+    forward_mode_enabled,
+    is_legacy_batched,
+    is_transformed,
+    random_allowed,
+    transform_depth,
+    transforms_active,
+)
+from zograd._base.trees import Space
+from zograd.distributions.sums import by_slice, contract, from_slices, one_per_slice, project, weigh
 from zograd.errors import SecondDerivativeError
 from zograd.estimate.checks import check_gradient
-from zograd.estimate.estimate import estimate
-from zograd.estimate.evidence import Evidence
 from zograd.estimate.result import Estimate
-from zograd.estimate.second_order import by_direction, identity_term, refused
-from zograd.estimate.settings import Recipe
-from zograd.evaluators.objective import Habits, Objective
-from zograd.tracking import Tally, watched
+from zograd.estimate.second_order import hessian_product, refused
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-_NOTHING = contextlib.nullcontext()
+Make = Callable[[Sequence[torch.Tensor]], Estimate]
 
 
-@dataclass(frozen=True)
-class Setup:
-    """All that calls share which look alike: same structure, shapes and dtypes."""
+def attach(make: Make, tensors: Sequence[torch.Tensor], chosen: Sequence[int]) -> torch.Tensor:
+    """Return an estimate's value, with the estimate behind it for autograd.
 
-    positions: tuple[int, ...]  # where the tensors are, among the leaves
-    chosen: tuple[int, ...]  # which of the tensors are differentiated
-    others: tuple[tuple[int, int], ...]  # which are not, and where they are
-    recipe: Recipe
-    space: Space
-    lost: torch.Size | None  # the shape of a tensor that requires grad and gets none
-    seed: int | None
-    generator: torch.Generator | None
+    Args:
+        make: makes the estimate of the tensors. It is called below torch.func transforms, once for each instance of a
+            vmap; it may hand out one that is there already, where there are no transforms.
+        tensors: all tensors that the value depends on.
+        chosen: which of them get a gradient, in the order of the estimate's leaves.
 
-
-@dataclass(slots=True)
-class Plan:
-    """One call of a decorated function without its tensors, which autograd has to see as inputs."""
-
-    setup: Setup
-    fn: Callable[..., Any]
-    arguments: Arguments  # tensors replaced by None
-    habits: Habits
-    depth: int = 0  # of torch.func transforms; under them a tensor tells which estimate a derivative is of
-    kept: list[tuple[int | Directions, Evidence]] = field(default_factory=list)  # of each; a seed if it will do
-
-    def estimate(self, tensors: Sequence[torch.Tensor], structure: Callable[[Sequence[Any]], Any] = tuple) -> Estimate:
-        """Draw the seed and estimate."""
-        setup, leaves = self.setup, self.arguments.leaves.copy()
-        for k, position in setup.others:
-            # Detached, so that what fn computes with it has no way into the caller's graph.
-            leaves[position] = tensors[k].detach().requires_grad_() if tensors[k].requires_grad else tensors[k]
-        params = tuple([tensors[i].detach() for i in setup.chosen])
-        arguments = Arguments(self.arguments.form, self.arguments.spec, leaves, self.arguments.chosen)
-        objective = Objective(self.fn, arguments, params, self.habits, setup.recipe.failures)
-        if not watched():  # the smallest estimate has no time to lose
-            return self._estimate(objective, structure)
-        with Tally(objective.name, setup.recipe.evaluations) as tally:
-            objective.counted = tally.count
-            result = self._estimate(objective, structure)
-            value, flat = result.value, result._flat
-            tally.finish(
-                result.seed,
-                value.item() if value.numel() == 1 else None,
-                None if flat is None else flat.norm().item(),
-                evaluations=result.evaluations,
-                failures=result.failures,
-            )
-        return result
-
-    def _estimate(self, objective: Objective, structure: Callable[[Sequence[Any]], Any]) -> Estimate:
-        setup = self.setup
-        seed = draw_seed(setup.seed, setup.generator)  # after the budget was asked: an error must not cost a draw
-        with _may_draw():
-            return estimate(objective, setup.recipe, setup.space, seed, structure)
-
-    def keep(self, result: Estimate) -> int:
-        """A number by which backward finds the directions and values again; no parameters, and no gradient."""
-        directions = result.directions
-        again = directions.replayable and self.setup.recipe.until is None
-        self.kept.append((directions.seed if again else directions, result._evidence))
-        return len(self.kept) - 1
-
-    def directions(self, number: int) -> Directions:
-        """The directions of an estimate."""
-        found = self.kept[number][0]
-        return found if isinstance(found, Directions) else self.setup.recipe.directions(self.setup.space, found)
-
-    def differences(self, number: int) -> torch.Tensor:
-        """The second differences of an estimate."""
-        return self.kept[number][1].differences(self.directions(number))
-
-
-def _may_draw() -> contextlib.AbstractContextManager[None]:
-    """Lets random numbers be drawn inside ``torch.autograd``'s own vmap, which knows no instances of us."""
-    torch._C._vmapmode_increment_nesting()
-    levels = torch._C._vmapmode_decrement_nesting()
-    return _outside(levels) if levels else _NOTHING
-
-
-@contextlib.contextmanager
-def _outside(levels: int) -> Iterator[None]:
-    for _ in range(levels):
-        torch._C._vmapmode_decrement_nesting()
-    try:
-        yield
-    finally:
-        for _ in range(levels):
-            torch._C._vmapmode_increment_nesting()
+    Returns:
+        The value.
+    """
+    depth = transform_depth() if transforms_active() else 0
+    value: torch.Tensor = _ZeroOrder.apply(_Call(make, tuple(chosen), depth), *tensors)[0]  # type: ignore[no-untyped-call]
+    return value
 
 
 _unpack_dual: Callable[[torch.Tensor], Any] = forward_ad.unpack_dual
 
 
-def forward_mode() -> bool:
-    """Whether forward-mode differentiation is going on, which neither grad mode nor ``requires_grad`` tells."""
-    return bool(forward_ad._current_level >= 0)
-
-
-def is_transformed(leaf: object) -> bool:
-    """Whether the tensor belongs to a torch.func transform."""
-    return isinstance(leaf, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf)
-
-
 def is_tracked(leaf: torch.Tensor) -> bool:
-    """Whether someone may ask for the derivative in this tensor."""
+    """Return whether someone may ask for the derivative in this tensor."""
     if leaf.requires_grad or is_transformed(leaf):
         return True
-    return forward_mode() and _unpack_dual(leaf).tangent is not None
+    return forward_mode_active() and _unpack_dual(leaf).tangent is not None
 
 
-def differentiate(plan: Plan, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The value of ``fn``, with the estimate behind it for autograd."""
-    if torch._C._are_functorch_transforms_active():
-        plan.depth = _depth()
-        value: torch.Tensor = _ZeroOrder.apply(plan, *tensors)[0]  # type: ignore[no-untyped-call]
-        return value
-    # torch's own apply first binds the arguments to forward's signature, for defaults that it has not: a tenth of the
-    # smallest estimate's time.
-    return _past_binding(plan, *unwrap_dead_wrappers(tensors))[0]
+@dataclass(slots=True)
+class _Call:
+    """One call of a function without its tensors, which autograd has to see as inputs."""
+
+    make: Make
+    chosen: tuple[int, ...]
+    depth: int  # of torch.func transforms; under them a tensor tells which estimate a derivative is of
+    made: list[Estimate] = field(default_factory=list)
+
+    def estimate(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make an estimate, and keep it without its gradient and directions: autograd holds the one, a seed the other.
+
+        Returns:
+            The value, and what backward contracts.
+        """
+        with random_allowed():
+            made = self.make(tensors)
+        kept = copy.copy(made)
+        kept.flat, kept.directions = None, kept.directions.again()
+        self.made.append(kept)
+        return made.value, made.coefficients if made.flat is None else made.flat
+
+    @property
+    def space(self) -> Space:
+        """The layout of the leaves."""
+        return self.made[0].directions.space
 
 
 class _ZeroOrder(torch.autograd.Function):
     @staticmethod
-    def forward(plan: Plan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        result = plan.estimate(tensors)
-        number = plan.keep(result)
-        payload = result.coefficients if result._flat is None else result._flat
-        return (result.value, payload, torch.tensor(number)) if plan.depth else (result.value, payload)
+    def forward(call: _Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        value, main = call.estimate(tensors)
+        return (value, main, torch.tensor(len(call.made) - 1)) if call.depth else (value, main)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        ctx.plan, ctx.inputs = inputs[0], len(inputs)
+        ctx.call, ctx.inputs = inputs[0], len(inputs)
         ctx.set_materialize_grads(False)
         if len(output) > 2:
             ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*output[1:])
-        if inputs[0].depth or forward_mode():
+        if inputs[0].depth or forward_mode_active():
             ctx.shape, ctx.dtype = output[0].shape, output[0].dtype
             ctx.save_for_forward(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, cotangent: torch.Tensor | None, *others: torch.Tensor | None) -> tuple[Any, ...]:
-        plan: Plan = ctx.plan
+        call: _Call = ctx.call
         grads: list[Any] = [None] * ctx.inputs
-        payload, space = _Payload(plan, *ctx.saved_tensors), plan.setup.space
+        payload, space = _Payload(call, *ctx.saved_tensors), call.space
         parts = [] if cotangent is None else [payload.pull_back(cotangent)]
         if others[0] is not None:  # someone differentiates the payload, that is, the gradient
             parts.append(payload.curve(others[0]))
         if parts:
             flat = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-            for i, leaf in zip(plan.setup.chosen, space.cast(space.split(flat)), strict=True):
+            for i, leaf in zip(call.chosen, space.cast(space.split(flat)), strict=True):
                 grads[1 + i] = leaf
         return tuple(grads)
 
     @staticmethod
-    def jvp(ctx: Any, _plan: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        plan: Plan = ctx.plan
-        payload = _Payload(plan, *ctx.saved_tensors)
+    def jvp(ctx: Any, _call: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        call: _Call = ctx.call
+        payload = _Payload(call, *ctx.saved_tensors)
         # torch switches forward mode off in here, and an outer derivative with it: it would be zero without a sign.
-        with forward_ad._set_fwd_grad_enabled(True):
-            vector = payload.join([tangents[i] for i in plan.setup.chosen])
+        with forward_mode_enabled():
+            vector = payload.join([tangents[i] for i in call.chosen])
             value = payload.push_forward(vector).reshape(ctx.shape).to(ctx.dtype)
             # The innermost derivative is one of the value. Without transforms it is backward that may want another.
-            wanted = _depth() < plan.depth if plan.depth else any(ctx.needs_input_grad)
+            wanted = transform_depth() < call.depth if call.depth else any(ctx.needs_input_grad)
             tangent = payload.tangent(vector) if wanted else torch.zeros_like(payload.main)
         return value, tangent, *(None for _ in ctx.saved_tensors[1:])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: torch.Tensor) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *tensors: torch.Tensor) -> tuple[Any, Any]:
         def instance(b: int) -> list[torch.Tensor]:
             return [t if dim is None else t.select(dim, b) for t, dim in zip(tensors, in_dims[1:], strict=True)]
 
         # One estimate an instance, a seed each, below the transform: fn may be numpy and may draw.
-        outs = [_ZeroOrder.apply(plan, *instance(b)) for b in range(info.batch_size)]  # type: ignore[no-untyped-call]
+        outs = [_ZeroOrder.apply(call, *instance(b)) for b in range(info.batch_size)]  # type: ignore[no-untyped-call]
         stacked = tuple(torch.stack(column) for column in zip(*outs, strict=True))
         return stacked, (0,) * len(stacked)
-
-
-# Not through torch.autograd.Function.apply: see differentiate.
-_past_binding: Callable[..., tuple[torch.Tensor, ...]] = super(torch.autograd.Function, _ZeroOrder).apply
 
 
 class _Payload:
     """What an estimate leaves for autograd, and the derivatives of its value and of itself made from that.
 
     Args:
-        plan: the call.
+        call: the call.
         main: the flat gradient of an objective of one value a slice, or else the coefficients (N, *out).
-        number: which estimate of the plan.
+        number: which estimate of the call.
     """
 
-    def __init__(self, plan: Plan, main: torch.Tensor, number: torch.Tensor | None = None) -> None:
-        self.plan = plan
-        self.space = plan.setup.space
+    def __init__(self, call: _Call, main: torch.Tensor, number: torch.Tensor | None = None) -> None:
+        self.call = call
+        self.space: Space = call.space
         self.main = main
-        self.scalar = main.dim() == 1
+        self.scalar: bool = main.dim() == 1
         self._number = number
 
     @property
     def refusal(self) -> str | None:
         """Why the payload has no derivative, or None if it has one."""
-        return self.plan.setup.recipe.no_curvature(scalar=self.scalar)
+        return self.call.made[0].settings.no_second(scalar=self.scalar)
 
     def pull_back(self, cotangent: torch.Tensor) -> torch.Tensor:
-        """Cotangent times Jacobian, flat."""
+        """Return cotangent times Jacobian, flat."""
         main, space = self._guarded(), self.space
         if not self.scalar:
             return self._sum(weigh(main, cotangent, space))
@@ -252,7 +178,7 @@ class _Payload:
         return (main.view(space.slices, space.dim) * weights).view(-1)
 
     def push_forward(self, vector: torch.Tensor) -> torch.Tensor:
-        """Jacobian times tangent."""
+        """Return Jacobian times tangent."""
         main, space = self._guarded(), self.space
         if self.scalar:
             return (main.view(space.slices, space.dim) * vector.view(space.slices, space.dim)).sum(dim=1)
@@ -260,18 +186,16 @@ class _Payload:
         return from_slices(columns, main.shape[1:], space, 0)
 
     def curve(self, cotangent: torch.Tensor) -> torch.Tensor:
-        """Cotangent times the derivative of the payload, flat: the Hessian's product with it."""
-        h = self._differences()
-        num = h.shape[0]
+        """Return cotangent times the derivative of the payload, flat: the Hessian's product with it."""
+        h, space = self._differences(), self.space
         if not self.scalar:
-            rows = by_slice(cotangent, self.space, 1) * by_slice(h, self.space, 1)
-            return self._sum(rows.sum(dim=2) * num)
-        rows = by_direction(h, self.space)
-        flat = self._sum(rows * self._project(cotangent) * num)
-        return flat - identity_term(self.space, self.plan.setup.recipe.sigma, rows, cotangent)
+            rows = by_slice(cotangent, space, 1) * by_slice(h, space, 1)
+            return self._sum(rows.sum(dim=2) * h.shape[0])
+        sigma = self.call.made[0].sigma
+        return hessian_product(space, sigma, one_per_slice(h, space), cotangent, self._sum, self._project)
 
     def tangent(self, vector: torch.Tensor) -> torch.Tensor:
-        """The derivative of the payload along a tangent."""
+        """Return the derivative of the payload along a tangent."""
         if self.refusal:
             return torch.zeros_like(self.main)  # whoever uses it meets the guard first
         if self.scalar:
@@ -282,42 +206,37 @@ class _Payload:
         return from_slices(rows, self.main.shape[1:], self.space, 1)
 
     def join(self, tangents: list[torch.Tensor | None]) -> torch.Tensor:
-        """The tangents of the leaves as one vector, zero where there is none."""
+        """Return the tangents of the leaves as one vector, zero where there is none."""
         like, shapes = next((t for t in tangents if t is not None), self.main), self.space.shapes
         leaves = (like.new_zeros(shape) if t is None else t for t, shape in zip(tangents, shapes, strict=True))
         return self.space.join(tuple(leaves))
 
     def _guarded(self) -> torch.Tensor:
-        """The payload, so that a derivative that it has not is an error: without the guard it would be zero."""
-        if (torch.is_grad_enabled() or forward_mode()) and (reason := self.refusal):
+        """Return the payload, so that a derivative that it has not is an error: else it would be zero."""
+        if (torch.is_grad_enabled() or forward_mode_active()) and (reason := self.refusal):
             return _apply(_Guard, refused(reason), self.main, self.main)
         return self.main
 
     @functools.cached_property
     def number(self) -> torch.Tensor:
-        """Which estimate of the plan."""
+        """Which estimate of the call."""
         return torch.tensor(0) if self._number is None else self._number
 
     def _differences(self) -> torch.Tensor:
-        """The second differences; their own derivative, a third one, is an error."""
+        """Return the second differences; their own derivative, a third one, is an error."""
         if self.refusal:
             raise SecondDerivativeError(refused(self.refusal))
-        h = _apply(_Differences, self.plan, self.number, self.main.detach())
+        h = _apply(_Differences, self.call, self.number, self.main.detach())
         return _apply(_Guard, _NO_THIRD, h, self.main)
 
     def _sum(self, weights: torch.Tensor) -> torch.Tensor:
-        return _apply(_Contract, self.plan, self.number, weights)
+        return _apply(_Contract, self.call, self.number, weights)
 
     def _project(self, vector: torch.Tensor) -> torch.Tensor:
-        return _apply(_Project, self.plan, self.number, vector)
+        return _apply(_Project, self.call, self.number, vector)
 
 
 _NO_THIRD = "a third derivative was asked for, and an estimate has the first two only."
-
-
-def _depth() -> int:
-    """How many torch.func transforms are around."""
-    return len(torch._C._functorch.get_interpreter_stack() or ())
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
@@ -351,88 +270,90 @@ class _Differences(torch.autograd.Function):
     """The second differences of an estimate, a constant; beside the payload, so that vmap sees its instances."""
 
     @staticmethod
-    def forward(plan: Plan, number: torch.Tensor, main: torch.Tensor) -> torch.Tensor:
-        return plan.differences(int(number))
+    def forward(call: _Call, number: torch.Tensor, main: torch.Tensor) -> torch.Tensor:
+        return call.made[int(number)].differences()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: torch.Tensor) -> tuple[Any, int]:
-        if plan.setup.recipe.until is not None and info.batch_size > 1:
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *tensors: torch.Tensor) -> tuple[Any, int]:
+        if call.made[0].settings.until is not None and info.batch_size > 1:
             raise SecondDerivativeError(
                 refused("under vmap `Until` takes another number of directions for each instance: give a number")
             )
-        return _each(_Differences, info.batch_size, in_dims, plan, tensors), 0
+        return _each(_Differences, info.batch_size, in_dims, call, tensors), 0
 
 
 class _Contract(torch.autograd.Function):
     """Weights (N, slices) to the flat mean of the directions, which are replayed."""
 
     @staticmethod
-    def forward(plan: Plan, number: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        with _may_draw():
-            flat = contract(plan.directions(int(number)), plan.setup.recipe.sigma, weights)
+    def forward(call: _Call, number: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        made = call.made[int(number)]
+        with random_allowed():
+            flat = contract(made.directions.again(), made.sigma, weights)
         # Under is_grads_batched torch vmaps backward itself, past our vmap below; nothing can be looked at there.
-        if not torch._C._functorch.is_legacy_batchedtensor(flat):
+        if not is_legacy_batched(flat):
             check_gradient(flat, weights)
         return flat
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.plan, number, weights = inputs
+        ctx.call, number, weights = inputs
         ctx.dtype = weights.dtype
         ctx.save_for_backward(number)
         ctx.save_for_forward(number)
 
     @staticmethod
     def backward(ctx: Any, vector: torch.Tensor) -> tuple[Any, ...]:
-        return None, None, _apply(_Project, ctx.plan, *ctx.saved_tensors, vector).to(ctx.dtype)
+        return None, None, _apply(_Project, ctx.call, *ctx.saved_tensors, vector).to(ctx.dtype)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
-        return _apply(_Contract, ctx.plan, *ctx.saved_tensors, tangents[-1])
+        return _apply(_Contract, ctx.call, *ctx.saved_tensors, tangents[-1])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: torch.Tensor) -> tuple[Any, int]:
-        return _each(_Contract, info.batch_size, in_dims, plan, tensors), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *tensors: torch.Tensor) -> tuple[Any, int]:
+        return _each(_Contract, info.batch_size, in_dims, call, tensors), 0
 
 
 class _Project(torch.autograd.Function):
     """The transpose of _Contract: a flat vector to its products with the directions, (N, slices)."""
 
     @staticmethod
-    def forward(plan: Plan, number: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        with _may_draw():
-            return project(plan.directions(int(number)), plan.setup.recipe.sigma, vector)
+    def forward(call: _Call, number: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        made = call.made[int(number)]
+        with random_allowed():
+            return project(made.directions.again(), made.sigma, vector)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.plan, number, _ = inputs
+        ctx.call, number, _ = inputs
         ctx.save_for_backward(number)
         ctx.save_for_forward(number)
 
     @staticmethod
     def backward(ctx: Any, weights: torch.Tensor) -> tuple[Any, ...]:
-        return None, None, _apply(_Contract, ctx.plan, *ctx.saved_tensors, weights)
+        return None, None, _apply(_Contract, ctx.call, *ctx.saved_tensors, weights)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
-        return _apply(_Project, ctx.plan, *ctx.saved_tensors, tangents[-1])
+        return _apply(_Project, ctx.call, *ctx.saved_tensors, tangents[-1])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], plan: Plan, *tensors: torch.Tensor) -> tuple[Any, int]:
-        return _each(_Project, info.batch_size, in_dims, plan, tensors), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: _Call, *tensors: torch.Tensor) -> tuple[Any, int]:
+        return _each(_Project, info.batch_size, in_dims, call, tensors), 0
 
 
 def _each(
     function: type[torch.autograd.Function],
     size: int,
     in_dims: tuple[Any, ...],
-    plan: Plan,
+    call: _Call,
     tensors: tuple[torch.Tensor, ...],
 ) -> torch.Tensor:
     dims = in_dims[1:]
     rows = ([t if d is None else t.select(d, b) for t, d in zip(tensors, dims, strict=True)] for b in range(size))
-    return torch.stack([_apply(function, plan, *row) for row in rows])
+    return torch.stack([_apply(function, call, *row) for row in rows])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import importlib
@@ -14,13 +13,17 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 
 import torch
 
+from zograd._base.isolation import center_of, commit
 from zograd._base.streams import plain_call
-from zograd._base.trees import Arguments, Space, flatten, sigma_per_leaf
+from zograd._base.torch_private import forward_mode_active, is_transformed, without_function_modes
+from zograd._base.trees import Arguments, Space, flatten
 from zograd.estimate.checks import check_radii
-from zograd.estimate.settings import Recipe
-from zograd.evaluators.objective import Habits, as_tensor, commit, function_name, refuses_grad, wants_grad
-from zograd.func.autograd import Plan, Setup, differentiate, forward_mode, is_tracked, is_transformed
-from zograd.func.inputs import check_leaves, instead, lost_gradient, warn_of_lost_gradients
+from zograd.estimate.settings import Settings
+from zograd.evaluators.task.answer import Facts
+from zograd.evaluators.task.objective import as_tensor, function_name, refuses_grad, wants_grad
+from zograd.func.autograd import attach, is_tracked
+from zograd.func.call import Call
+from zograd.func.inputs import check_leaves, instead, lost_gradient, radii, warn_of_lost_gradients
 from zograd.func.options import Options
 from zograd.sampling import Until
 
@@ -33,9 +36,6 @@ if TYPE_CHECKING:
     from zograd.shaping import Shaping
 
 P = ParamSpec("P")
-
-_NOTHING = contextlib.nullcontext()
-_REMEMBERED = 64  # kinds of calls, by the shapes of their tensors
 
 
 class ZeroOrderFunction(Generic[P]):
@@ -56,15 +56,14 @@ class ZeroOrderFunction(Generic[P]):
         FORWARD
     """
 
-    def __init__(self, fn: Callable[P, Any], options: Options, habits: Habits | None = None) -> None:
+    def __init__(self, fn: Callable[P, Any], options: Options, facts: Facts | None = None) -> None:
         functools.update_wrapper(self, fn, updated=())
         if inspect.isfunction(fn):  # a callable object's attributes are its state, and could hide ours
             self.__dict__.update({k: v for k, v in fn.__dict__.items() if not hasattr(type(self), k)})
         self.fn = fn
         self.options = options
-        self._habits = habits or Habits()
+        self._facts = facts or Facts()
         self._typed = function_name(fn)
-        self._setups: dict[Any, Setup] = {}  # by what calls looked like
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
         """Call ``fn``; the result carries the estimate where a gradient can be asked for.
@@ -78,15 +77,16 @@ class ZeroOrderFunction(Generic[P]):
         """
         if torch.compiler.is_compiling():
             return _outside_the_graph(self, args, kwargs)
-        if not (torch.is_grad_enabled() or forward_mode()):
+        if not (torch.is_grad_enabled() or forward_mode_active()):
             return self._plain(args, kwargs)
         arguments = self._arguments(args, kwargs)
-        with _unwatched():
+        with without_function_modes():  # one may be an outer estimate's, which watches what fn asks of tensors
             chosen = tuple([i for i in arguments.chosen if is_tracked(arguments.leaves[i])])
             if not chosen and any(map(is_transformed, arguments.leaves)):
                 chosen = arguments.chosen  # nothing asks, but fn may be numpy: below the transform it can run
-            plan = self._plan(arguments, chosen) if chosen else None
-        return differentiate(*plan) if plan else self._plain(args, kwargs)
+            if chosen:
+                call, tensors = self._prepared(arguments, chosen)
+        return attach(call.estimate, tensors, call.chosen) if chosen else self._plain(args, kwargs)
 
     def estimate(self, *args: P.args, **kwargs: P.kwargs) -> Estimate:
         """Estimate the gradient of every floating leaf of the differentiated arguments, without autograd.
@@ -107,10 +107,10 @@ class ZeroOrderFunction(Generic[P]):
             ValueError: if the arguments, the settings and the shapes of the values do not fit together.
         """
         arguments = self._arguments(args, kwargs)
-        with _unwatched():
-            plan, tensors = self._plan(arguments, arguments.chosen)
+        with without_function_modes():
+            call, tensors = self._prepared(arguments, arguments.chosen)
         several = len(self.options.argnums) > 1
-        return plan.estimate(tensors, functools.partial(arguments.structure, several=several))
+        return call.estimate(tensors, functools.partial(arguments.structure, several=several))
 
     def replace(self, **options: Any) -> ZeroOrderFunction[P]:
         """The same function with other options.
@@ -125,7 +125,7 @@ class ZeroOrderFunction(Generic[P]):
             TypeError: if a name is no setting, or one is of a wrong type.
             ValueError: if a setting is out of its range.
         """
-        return ZeroOrderFunction(self.fn, self.options.replace(**options), self._habits)
+        return ZeroOrderFunction(self.fn, self.options.replace(**options), self._facts)
 
     def state_dict(self) -> dict[str, Any]:
         """Where ``generator=`` stands, as plain numbers, for a run that is to go on with the same directions.
@@ -161,17 +161,17 @@ class ZeroOrderFunction(Generic[P]):
         """Without grad mode fn may do what it may do in an estimate: use numpy, or train something inside."""
         arguments = self._arguments(args, kwargs)
         params = tuple(p.detach().clone().requires_grad_(tracked) for p in arguments.params())
-        built, kwargs = arguments.builder()(params)
+        built, kwargs = arguments.build(params)
         with torch.set_grad_enabled(tracked):
-            out = plain_call(self.fn, tuple(built), kwargs)
+            out = plain_call(self.fn, built, kwargs)
         return out.detach() if isinstance(out, torch.Tensor) else out
 
     def _plain_with_leading_one(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         arguments = self._arguments(args, kwargs)
         chosen = tuple(i for i in arguments.chosen if arguments.leaves[i].requires_grad) or arguments.chosen
         arguments = replace(arguments, chosen=chosen)
-        built, kwargs = arguments.builder()(tuple(p.unsqueeze(0) for p in arguments.params()))
-        out = plain_call(getattr(self.fn, "at_center", self.fn), tuple(built), kwargs, rows=1)
+        built, kwargs = arguments.build(tuple(p.unsqueeze(0) for p in arguments.params()))
+        out = plain_call(center_of(self.fn), built, kwargs, rows=1)
         commit(self.fn)
         return any_tensor(out, self._typed)[0]
 
@@ -202,56 +202,48 @@ class ZeroOrderFunction(Generic[P]):
         parameters = inspect.signature(self.fn).parameters.values()
         return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
-    def _plan(self, arguments: Arguments, chosen: tuple[int, ...]) -> tuple[Plan, tuple[torch.Tensor, ...]]:
-        leaves = arguments.leaves
-        key = (arguments.form, chosen, *map(_signature, leaves))
-        setup = self._setups.get(key)
-        if setup is None:
-            if len(self._setups) >= _REMEMBERED:
-                self._setups.clear()
-            setup = self._setups[key] = self._set_up(arguments, chosen)
-        if setup.lost is not None:
-            warn_of_lost_gradients(setup.lost, self._typed, module=self.options.call != "zero_order")
-        others = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        plan = Plan(setup, self.fn, Arguments(arguments.form, arguments.spec, others, chosen), self._habits)
-        return plan, tuple([leaves[i] for i in setup.positions])
-
-    def _set_up(self, arguments: Arguments, chosen: tuple[int, ...]) -> Setup:
+    def _prepared(self, arguments: Arguments, chosen: tuple[int, ...]) -> tuple[Call, tuple[torch.Tensor, ...]]:
+        """Check a call's tensors and take them out of its arguments."""
         o, leaves, num = self.options, arguments.leaves, self.options.num_samples
-        params = tuple(leaves[i] for i in chosen)
+        params = tuple([leaves[i] for i in chosen])
         check_leaves(params, o)
-        positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
-        sigma = sigma_per_leaf(o.sigma, arguments, several=len(o.argnums) > 1)
-        of_leaf = dict(zip(arguments.chosen, sigma, strict=True))
-        radii = tuple(of_leaf[i] for i in chosen)
         space = Space.of(params, o.batch_dim)
-        check_radii(radii, o.method, space.dtype, o.call)
-        return Setup(
-            positions=positions,
-            chosen=tuple(positions.index(i) for i in chosen),
-            others=tuple((k, i) for k, i in enumerate(positions) if i not in chosen),
-            recipe=Recipe(
-                o.distribution.at_radii(radii),
-                o.method,
-                num.bound if isinstance(num, Until) else num or space.dim,
-                radii,
-                o.evaluator,
-                o.shaping,
-                o.surrogate,
-                o.failures,
-                num if isinstance(num, Until) else None,
-            ),
-            space=space,
-            lost=lost_gradient(arguments),
-            seed=o.seed,
-            generator=o.generator,
+        sigma = radii(o.sigma, arguments, chosen, several=len(o.argnums) > 1)
+        check_radii(sigma, o.method, space.dtype, o.call)
+        lost = lost_gradient(arguments)
+        if lost is not None:
+            warn_of_lost_gradients(lost, self._typed, module=o.call != "zero_order")
+        settings = Settings(
+            o.distribution.at_radii(sigma),
+            o.method,
+            num.bound if isinstance(num, Until) else num or space.dim,
+            sigma,
+            o.evaluator,
+            o.shaping,
+            o.failures,
+            o.surrogate,
+            num if isinstance(num, Until) else None,
         )
+        positions = tuple([i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)])
+        bare = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        call = Call(
+            self.fn,
+            Arguments(arguments.form, arguments.spec, bare, chosen),
+            positions,
+            tuple([positions.index(i) for i in chosen]),
+            self._facts,
+            settings,
+            space,
+            o.seed,
+            o.generator,
+        )
+        return call, tuple([leaves[i] for i in positions])
 
     def __get__(self, instance: object, owner: type | None = None) -> ZeroOrderFunction[Any]:
         if instance is None or not hasattr(self.fn, "__get__"):
             return self
         bound = self.fn.__get__(instance, owner)
-        return ZeroOrderFunction(bound, self.options, self._habits)
+        return ZeroOrderFunction(bound, self.options, self._facts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ZeroOrderFunction[P]:
         options = self.options
@@ -292,11 +284,6 @@ def _outside_the_graph(function: ZeroOrderFunction[Any], args: tuple[Any, ...], 
 _outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
-def _unwatched() -> contextlib.AbstractContextManager[Any]:
-    """No function mode: it may be an outer estimate's, which watches what fn asks of tensors; this is not fn asking."""
-    return torch._C.DisableTorchFunction() if torch._C._len_torch_function_stack() else _NOTHING
-
-
 def _look_up(module: str | None, name: str | None) -> Any:
     if module is None or name is None:
         return None
@@ -314,13 +301,6 @@ def _decorated_again(find: Callable[..., Any], where: tuple[Any, ...], options: 
 def any_tensor(out: Any, name: str) -> torch.Tensor:
     """Return what ``fn`` returned as a tensor of any dtype."""
     return out if isinstance(out, torch.Tensor) else as_tensor(out, name)
-
-
-def _signature(leaf: object) -> Any:
-    """What the checks and the layout of a call depend on."""
-    if not isinstance(leaf, torch.Tensor):
-        return None
-    return leaf.__class__, leaf.shape, leaf.dtype, leaf.device, leaf.layout, leaf.requires_grad
 
 
 def zero_order(

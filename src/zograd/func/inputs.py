@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zograd._base.trees import unsupported
+from zograd._base.trees import sigma_per_leaf, unsupported
 from zograd.errors import ZeroOrderWarning
 
 if TYPE_CHECKING:
@@ -82,3 +82,11 @@ def instead(argnums: tuple[int | str, ...], args: tuple[Any, ...], kwargs: dict[
     if isinstance(found, (float, int)) or (hasattr(found, "__array__") and not isinstance(found, torch.Tensor)):
         return f"{got}: pass `torch.tensor(...)` of it, in floating point, with `requires_grad=True` for `backward()`"
     return f"{got} of {found.dtype}" if isinstance(found, torch.Tensor) else got
+
+
+def radii(sigma: Any, arguments: Arguments, chosen: Sequence[int], *, several: bool) -> tuple[float, ...]:
+    """Return the smoothing radius of each of the chosen leaves."""
+    if isinstance(sigma, (int, float)):
+        return (float(sigma),) * len(chosen)
+    of_leaf = dict(zip(arguments.chosen, sigma_per_leaf(sigma, arguments, several=several), strict=True))
+    return tuple([of_leaf[i] for i in chosen])

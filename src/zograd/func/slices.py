@@ -9,7 +9,7 @@ import torch
 
 from zograd._base.streams import TorchStream, plain_call
 from zograd._base.trees import Arguments, flatten
-from zograd.evaluators.objective import as_tensor, function_name
+from zograd.evaluators.task.objective import as_tensor, function_name
 from zograd.func.options import Options
 
 if TYPE_CHECKING:
@@ -116,10 +116,10 @@ def _values(fn: Callable[..., Any], call: Arguments, index: torch.Tensor, batch_
     leaves = call.leaves.copy()
     for i in _carrying(call):
         leaves[i] = leaves[i].detach().index_select(batch_dim, index.to(leaves[i].device))
-    args, kwargs = replace(call, leaves=leaves).builder()(tuple(leaves[i] for i in call.chosen))
+    args, kwargs = replace(call, leaves=leaves).build(tuple(leaves[i] for i in call.chosen))
     with TorchStream(torch.device("cpu")) as stream:
         stream.seed(0)
-        out = plain_call(fn, tuple(args), kwargs)
+        out = plain_call(fn, args, kwargs)
     values = as_tensor(out, function_name(fn)).detach().to("cpu", torch.float64)
     if values.dim() <= batch_dim or values.shape[batch_dim] != len(index):
         raise ValueError(

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-from zograd._base.replica import Replica, Watch
+from zograd._base.isolation import ModuleFunction
 from zograd._base.streams import plain_call
 from zograd.distributions.adapter import Sampled
 from zograd.distributions.gaussian import Gaussian
-from zograd.evaluators.objective import Habits
+from zograd.evaluators.task.answer import Facts
 from zograd.func.decorator import ZeroOrderFunction, any_tensor
 from zograd.func.options import Options
 
@@ -27,71 +26,6 @@ if TYPE_CHECKING:
     from zograd.sampling import Until
     from zograd.schemes import Scheme
     from zograd.shaping import Shaping
-
-
-class _ModuleFunction:
-    """A module as a function of its trainable parameters: the center on itself, all other points on replicas."""
-
-    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-        self._module = module
-        self._names = {id(p): name for name, p in parameters.items()}
-        self._template: nn.Module | None = None
-        self._center: Replica | None = None
-        self._watched = False  # whether a point's evaluation was seen to use no hidden parameter
-        if parametrize._cache_enabled:
-            raise RuntimeError(
-                "a zeroth-order module cannot be evaluated inside `parametrize.cached()`: the cache would serve all "
-                "points "
-                "the parametrized weight of one."
-            )
-        self.__qualname__ = type(module).__qualname__
-
-    def __call__(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Evaluate a replica with these parameters, as the module was before the center."""
-        template = self._frozen()
-        like = next(iter(params.values()))
-
-        def copy_buffer(buffer: torch.Tensor) -> torch.Tensor:
-            # Under vmap `like` is one of many, and so must be a buffer that forward writes to.
-            return like.new_zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device).copy_(buffer)
-
-        replica = Replica(template, self._replacements(params), copy_buffer).module
-        if self._watched:
-            return nn.Module.__call__(replica, *args, **kwargs)
-        with Watch(self._names, type(self._module).__name__) as watch:
-            out = nn.Module.__call__(replica, *args, **kwargs)
-        if watch.error is not None:
-            raise watch.error
-        self._watched = True
-        return out
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """As the module was before the center, with the parameters that are differentiated, for another process."""
-        module = self._frozen()
-        parameters = {id(p): p for p in module.parameters()}
-        return _ModuleFunction, (module, {name: parameters[identity] for identity, name in self._names.items()})
-
-    def at_center(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as one plain call, whose traces :meth:`commit` leaves on the module."""
-        self._frozen()
-        self._center = Replica(self._module, self._replacements(params), torch.clone)
-        return nn.Module.__call__(self._center.module, *args, **kwargs)
-
-    def commit(self) -> None:
-        """Let the module have the buffers and attributes of the center's evaluation, now that the estimate is done."""
-        if self._center is not None:
-            self._center.commit()
-
-    def _frozen(self) -> nn.Module:
-        """The module as it was before the center, which all other points start from."""
-        if self._template is None:
-            self._template = Replica(self._module, {}, torch.clone).module
-        return self._template
-
-    def _replacements(self, params: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
-        for leaf in params.values():
-            leaf._is_param = True  # what isinstance(..., nn.Parameter) looks at
-        return {identity: params[name] for identity, name in self._names.items()}
 
 
 class _ZeroOrderModule(nn.Module):
@@ -173,8 +107,10 @@ class _ZeroOrderModule(nn.Module):
         return {name: p for name, p in parameters.items() if p.requires_grad}
 
     def _function(self, trainable: dict[str, nn.Parameter]) -> ZeroOrderFunction[Any]:
-        habits = self.__dict__.setdefault("_zero_order_habits", Habits())
-        return ZeroOrderFunction(_ModuleFunction(self, trainable), self._resolved_options(), habits)
+        facts = self.__dict__.setdefault("_zero_order_facts", Facts())
+        return ZeroOrderFunction(
+            ModuleFunction(self, {id(p): name for name, p in trainable.items()}), self._resolved_options(), facts
+        )
 
     def _resolved_options(self) -> Options:
         return self.zero_order_options

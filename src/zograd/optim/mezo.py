@@ -15,12 +15,12 @@ from zograd.distributions.adapter import adapt
 from zograd.distributions.directions import Directions
 from zograd.errors import NonFiniteError, ReplayError
 from zograd.estimate.checks import check_radii, warn_below_resolution
-from zograd.evaluators.objective import as_tensor, wants_grad
+from zograd.evaluators.task.objective import as_tensor, wants_grad
 from zograd.optim.descent import update
 from zograd.optim.overlay import Overlay
 from zograd.optim.records import Group, Records, append
 from zograd.schemes import ANTITHETIC
-from zograd.tracking import Tally
+from zograd.tracking import RunningEstimate
 
 if TYPE_CHECKING:
     from zograd.distributions.adapter import DistributionLike
@@ -174,10 +174,10 @@ class MeZO(torch.optim.Optimizer):
             warn_below_resolution(chosen, sigma, "MeZO")
         space = Space.of(tuple(p.detach() for p in chosen))
         check_radii(sigma, ANTITHETIC, space.dtype, "MeZO")
-        with Tally("`MeZO.step`", len(ANTITHETIC.sides) * self.num_samples) as tally:
+        with RunningEstimate("`MeZO.step`", len(ANTITHETIC.sides) * self.num_samples) as running:
             directions = Directions(self.distribution, space, self._draw_seed(), self.num_samples)
-            loss = self._move(closure, params, groups, chosen, directions, sigma, tally)
-            tally.finish(directions.seed, loss.item())
+            loss = self._move(closure, params, groups, chosen, directions, sigma, running)
+            running.finish(directions.seed, loss.item())
         return loss
 
     def _move(
@@ -188,7 +188,7 @@ class MeZO(torch.optim.Optimizer):
         chosen: Leaves,
         directions: Directions,
         sigma: tuple[float, ...],
-        tally: Tally,
+        running: RunningEstimate,
     ) -> torch.Tensor:
         if not directions.replayable:
             raise ReplayError(
@@ -196,7 +196,7 @@ class MeZO(torch.optim.Optimizer):
                 "update need. Draw from torch's random functions in `sample`."
             )
         dtype = directions.space.dtype
-        values = _evaluate(closure, chosen, directions, sigma, len(self.records), tally)
+        values = _evaluate(closure, chosen, directions, sigma, len(self.records), running)
         kept = torch.tensor([ANTITHETIC.difference(row, 0.0) for row in values], dtype=dtype)
         coefficients: list[float] = kept.tolist()
         if not all(map(math.isfinite, coefficients)):
@@ -320,7 +320,7 @@ def _evaluate(
     directions: Directions,
     sigma: tuple[float, ...],
     step: int,
-    tally: Tally,
+    running: RunningEstimate,
 ) -> list[list[float]]:
     """The closure's values at each direction's two points."""
     versions = [p._version for p in params]
@@ -331,7 +331,7 @@ def _evaluate(
             for side in ANTITHETIC.sides:
                 stream.at(i)
                 point = _Point(params, directions, i, tuple(side * s for s in sigma))
-                tally.count()
+                running.count()
                 values[-1].append(_value(closure, Overlay(params, point), step, i, side))
     if versions != [p._version for p in params]:
         raise RuntimeError(

@@ -10,13 +10,14 @@ import torch
 
 from zograd._base import checks
 from zograd._base.streams import derive, draw_seed
-from zograd._base.trees import Arguments, take_apart
-from zograd.evaluators.objective import Habits, function_name
-from zograd.func.autograd import Plan, Setup, differentiate
+from zograd._base.trees import take_apart
+from zograd.evaluators.task.answer import Facts
+from zograd.evaluators.task.objective import function_name
+from zograd.func.autograd import attach
 from zograd.func.options import Options
 from zograd.sampling import Until
 from zograd.unrolled.particles import SIDES
-from zograd.unrolled.plan import WindowPlan, set_up
+from zograd.unrolled.plan import Run, Setup, set_up
 from zograd.unrolled.window import Layout, Window
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class UnrolledEstimator(ABC):
             seed=seed,
         )
         self._check_distribution()
-        self._fn, self._typed, self._habits = fn, function_name(fn), Habits()
+        self._fn, self._typed, self._facts = fn, function_name(fn), Facts()
 
     def _check_distribution(self) -> None:
         family, call = self.options.distribution, self.options.call
@@ -144,8 +145,8 @@ class UnrolledEstimator(ABC):
                 :class:`TruncatedES`, whose particles carry no state.
         """
         offsets = _offsets(offsets, self.options.call, carries=self._carries)
-        setup, arguments, tensors = set_up(self.options, self._fn, params, args)
-        device, num = setup.space.device, setup.recipe.num_samples
+        setup, tensors = set_up(self.options, self._fn, params, args)
+        device, num = setup.space.device, setup.settings.num_samples
         layout, leaves = Layout.of(state, device, f"`{self.options.call}.init(params, state)`")
         seed = draw_seed(self.options.seed, self.options.generator)
         begun = State(
@@ -157,8 +158,10 @@ class UnrolledEstimator(ABC):
             window=torch.tensor(0),
         )
         if self._carries:
-            plan = self._plan(setup, arguments, layout, seed)
-            starts = plan.offsets(tensors, layout.pack(leaves, torch.Size(), device), offsets)
+            states = [layout.pack(leaves, torch.Size(), device)]
+            for k in range(offsets - 1):
+                states.append(self._run(setup, layout, seed, states[-1]).step(tensors, derive(seed, 1, k)))
+            starts = torch.stack(states)
             rows = starts[[i * offsets // num for i in range(num)]].unsqueeze(1).expand(num, len(SIDES), -1)
             begun["particles"] = layout.unpack(rows.clone())
             begun["perturbation"] = torch.zeros(
@@ -186,15 +189,16 @@ class UnrolledEstimator(ABC):
             SecondDerivativeError: if a second derivative is asked for.
         """
         self._check_state(state)
-        setup, arguments, tensors = set_up(self.options, self._fn, params, args)
+        setup, tensors = set_up(self.options, self._fn, params, args)
         layout, center = Layout.of(state["center"], setup.space.device, self._given)
-        plan = self._plan(setup, arguments, layout, derive(int(state["seed"]), 0, int(state["window"])))
-        plan.begin(layout.pack(center, torch.Size(), setup.space.device), *self._held(state, layout, setup))
-        loss = differentiate(plan, tensors)
-        assert plan.values is not None
-        after = State(**{**state, "center": layout.unpack(plan.values.center), "window": state["window"] + 1})
+        seed = derive(int(state["seed"]), 0, int(state["window"]))
+        packed = layout.pack(center, torch.Size(), setup.space.device)
+        run = self._run(setup, layout, seed, packed, *self._held(state, layout, setup))
+        loss = attach(run.estimate, tensors, setup.chosen)
+        assert run.values is not None
+        after = State(**{**state, "center": layout.unpack(run.values.center), "window": state["window"] + 1})
         if self._carries:
-            after["particles"], after["perturbation"] = layout.unpack(plan.values.states), plan.weights
+            after["particles"], after["perturbation"] = layout.unpack(run.values.states), run.weights
         return loss, after
 
     def reset(self, state: State, done: Any, start: Any) -> State:
@@ -265,18 +269,24 @@ class UnrolledEstimator(ABC):
     def _num(self) -> int:
         return cast("int", self.options.num_samples)  # None is for directions with another mean than zero
 
-    def _plan(self, setup: Setup, arguments: Arguments, layout: Layout, seed: int) -> WindowPlan:
+    def _run(
+        self,
+        setup: Setup,
+        layout: Layout,
+        seed: int,
+        center: torch.Tensor,
+        states: torch.Tensor | None = None,
+        held: torch.Tensor | None = None,
+    ) -> Run:
         window = Window(layout, self._typed, lead=int(self.options.evaluator.batched))
-        bare = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in arguments.leaves]
-        arguments = Arguments(arguments.form, arguments.spec, bare, arguments.chosen)
-        return WindowPlan(Plan(setup, window, arguments, self._habits), self._perturb, seed)
+        return Run(setup, window, self._facts, self._perturb, seed, center, states, held)
 
     def _held(self, state: State, layout: Layout, setup: Setup) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The particles' packed states and what they are weighted with; none where they begin at the center's."""
         perturbation = state["perturbation"]
         if not self._carries or perturbation is None:
             return None, None
-        lead = torch.Size((setup.recipe.num_samples, len(SIDES)))
+        lead = torch.Size((setup.settings.num_samples, len(SIDES)))
         if perturbation.shape != (*lead, setup.space.size):
             raise ValueError(
                 f"{self._given}: the state must be that of `params` and of num_samples={lead[0]}, with a perturbation "

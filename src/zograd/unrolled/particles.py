@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from zograd._base.streams import FnStream, derive
+from zograd._base.streams import derive
 from zograd.distributions.directions import Directions
 from zograd.errors import NonFiniteError
-from zograd.evaluators.points import Points
+from zograd.evaluators.task.points import Points
 
 if TYPE_CHECKING:
     from zograd._base.trees import Leaves
     from zograd.evaluators.base import Evaluator
-    from zograd.evaluators.objective import Objective
+    from zograd.evaluators.task.objective import Objective
 
 SIDES = (1.0, -1.0)
 
@@ -71,42 +69,25 @@ class Particles(Points):
         super().__init__((*params, center, shifts, states), directions, sigma, SIDES)
         self._leaves, self._shifts, self._states, self._start = params, shifts, states, center
 
-    @classmethod
-    def again(
-        cls, params: Leaves, directions: Directions, sigma: tuple[float, ...], sides: tuple[float, ...]
-    ) -> Particles:
-        """The particles of another one's ``params``, which hold more than the parameters."""
-        *leaves, center, shifts, states = params
-        return cls(tuple(leaves), center, directions, sigma, shifts, states).only(sides)
-
-    def only(self, sides: tuple[float, ...]) -> Particles:
-        """The points of these sides."""
-        twin = copy.copy(self)
-        twin.sides = sides
-        return twin
-
     def center(self) -> Leaves:
-        """The parameters and the center's state, as copies that the function may write to."""
+        """Return copies of the parameters and the center's state."""
         return (*(p.clone() for p in self._leaves), self._start.clone())
 
-    def rows(self, lo: int, hi: int) -> Iterator[Callable[[float], Leaves]]:
-        """For each pair, a function from a side's offset to its point."""
-        return (functools.partial(self._row, i) for i in range(lo, hi))
+    def each(self, lo: int, hi: int) -> Iterator[Leaves]:
+        """Yield the points of pairs ``lo`` to ``hi`` one by one."""
+        return (self._at(i, c) for i in range(lo, hi) for c in self.offsets)
 
-    def batch(self, lo: int, hi: int, sides: tuple[float, ...]) -> Leaves:
-        """The points of pairs ``lo`` to ``hi`` side after side, with a leading axis of rows."""
-        columns = [self._at(slice(lo, hi), side) for side in sides]
+    def rows(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Leaves:
+        """Return the points of pairs ``lo`` to ``hi``, offset after offset, with a leading axis of rows."""
+        columns = [self._at(slice(lo, hi), c) for c in offsets]
         return tuple(map(torch.cat, zip(*columns, strict=True)))
 
-    def factors(self, lo: int, hi: int, sides: tuple[float, ...]) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
-        """The same: sums of directions have no factors to share."""
-        return self.batch(lo, hi, sides), lambda row: row
+    def factors(self, lo: int, hi: int, offsets: tuple[float, ...]) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
+        """Return the rows themselves: sums of directions have no factors to share."""
+        return self.rows(lo, hi, offsets), lambda row: row
 
-    def _row(self, i: int, side: float) -> Leaves:
-        return self._at(i, side)
-
-    def _at(self, i: int | slice, side: float) -> Leaves:
-        j, space = SIDES.index(side), self.directions.space
+    def _at(self, i: int | slice, offset: float) -> Leaves:
+        j, space = SIDES.index(offset), self.directions.space
         eps = space.split(self._shifts[i, j])
         triples = zip(self._leaves, eps, self.sigma, strict=True)
         moved = tuple([torch.add(p.to(e.dtype), e, alpha=s).to(p.dtype) for p, e, s in triples])
@@ -149,15 +130,10 @@ def evaluate(
         NonFiniteError: if a loss is nan or infinite.
         ValueError: if the evaluator gave another number of values.
     """
-    num = len(points) if pairs is None else pairs
-    with torch.enable_grad(), FnStream(seed, points.directions.space.device, shared=False) as objective.stream:
-        try:
-            pieces = iter(evaluator(objective, points, 0, num))
-            center = torch.as_tensor(next(pieces))
-            rows = [torch.as_tensor(piece, dtype=torch.float64) for piece in pieces]
-        finally:
-            objective.stream = None
-    objective.commit()
+    num = len(points.directions) if pairs is None else pairs
+    with objective.estimating(seed, shared=False):
+        center, _ = objective.take_center(evaluator.center(objective, points), points)
+        rows = [objective.take(answer, points) for answer in evaluator.values(objective, points, 0, num)]
     values = torch.cat([*rows, center.new_empty(0, len(SIDES), len(center))])
     if values.shape[0] != num:
         raise ValueError(f"the evaluator must yield {num} directions of values, got {values.shape[0]}.")

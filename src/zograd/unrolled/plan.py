@@ -5,21 +5,22 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from zograd._base.execution import full_precision
-from zograd._base.streams import derive
 from zograd._base.trees import Arguments, Leaves, Space, flatten, sigma_per_leaf, unsupported
+from zograd.distributions.directions import Directions
 from zograd.errors import ZeroOrderWarning
 from zograd.estimate.checks import check_gradient, check_radii, warn_below_resolution
-from zograd.estimate.evidence import Evidence
 from zograd.estimate.result import Estimate
-from zograd.estimate.settings import Recipe
-from zograd.evaluators.objective import Objective
-from zograd.func.autograd import Plan, Setup, is_tracked
-from zograd.tracking import Tally
+from zograd.estimate.settings import Settings
+from zograd.evaluators.task.answer import Facts
+from zograd.evaluators.task.objective import Objective
+from zograd.func.autograd import is_tracked
+from zograd.tracking import RunningEstimate
 from zograd.unrolled.particles import SIDES, Particles, Values, draw, evaluate
 
 if TYPE_CHECKING:
@@ -29,93 +30,125 @@ Rule = Callable[[torch.Tensor | None, Callable[[], torch.Tensor]], tuple[torch.T
 """From the last weights, and what draws directions, to each particle's perturbation and weights, both (N, 2, d)."""
 
 
-class WindowRecipe(Recipe):
-    """A recipe whose estimates have a first derivative only."""
-
-    def no_curvature(self, *, scalar: bool) -> str | None:
-        """Why."""
-        del scalar
-        return "the loss of a window depends on perturbations of earlier ones, whose second derivative is not made"
+_FIRST_ONLY = "the loss of a window depends on perturbations of earlier ones, whose second derivative is not made"
 
 
-class WindowPlan(Plan):
-    """One call of an estimator of unrolled systems, in the place of an ordinary estimate.
+@dataclass(frozen=True)
+class Setup:
+    """What the windows of one call have in common.
 
-    Args:
-        plan: its parts, as those of an ordinary estimate.
-        rule: the estimator's.
-        seed: of this window.
+    Attributes:
+        settings: what the estimate is made of.
+        space: the layout of the differentiated tensors.
+        arguments: the window's arguments without their tensors; the place of the packed state is empty.
+        positions: where the tensors are, among the leaves.
+        chosen: which of the tensors are differentiated.
     """
 
-    __slots__ = ("_center", "_held", "_rule", "_seed", "_states", "values", "weights")
+    settings: Settings
+    space: Space
+    arguments: Arguments
+    positions: tuple[int, ...]
+    chosen: tuple[int, ...]
 
-    def __init__(self, plan: Plan, rule: Rule, seed: int) -> None:
-        super().__init__(plan.setup, plan.fn, plan.arguments, plan.habits)
-        self._rule, self._seed = rule, seed
+
+class Run:
+    """One window of all particles.
+
+    Args:
+        setup: what it has in common with other windows.
+        window: the function that evaluators call.
+        facts: what earlier calls have shown about it.
+        rule: the estimator's.
+        seed: of this window.
+        center: the packed state of the center.
+        states: those of the particles; None if they begin at the center's.
+        held: what the particles were weighted with so far; None for nothing.
+
+    Attributes:
+        values: what the window gave, once the estimate is made.
+        weights: what the particles are weighted with now.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        window: Callable[..., Any],
+        facts: Facts,
+        rule: Rule,
+        seed: int,
+        center: torch.Tensor,
+        states: torch.Tensor | None = None,
+        held: torch.Tensor | None = None,
+    ) -> None:
+        self.setup: Setup = setup
+        self._window, self._facts, self._rule, self._seed = window, facts, rule, seed
+        num = setup.settings.num_samples
+        self._center, self._held = center, held
+        self._states: torch.Tensor = center.expand(num, len(SIDES), -1) if states is None else states
         self.values: Values | None = None
         self.weights: torch.Tensor = torch.empty(0)
 
-    def begin(self, center: torch.Tensor, states: torch.Tensor | None, held: torch.Tensor | None) -> None:
-        """Take the packed states of the center and of the particles, None for the same, and the weights so far."""
-        num = self.setup.recipe.num_samples
-        self._center, self._held = center, held
-        self._states: torch.Tensor = center.expand(num, len(SIDES), -1) if states is None else states
+    def step(self, tensors: Sequence[torch.Tensor], seed: int) -> torch.Tensor:
+        """Return the packed state after this window at the parameters; no particle is evaluated."""
+        settings, space = self.setup.settings, self.setup.space
+        objective, params = self._objective(tensors)
+        still = self._center.new_zeros(space.size, dtype=space.dtype).expand(settings.num_samples, len(SIDES), -1)
+        points = Particles(params, self._center, self._directions(seed), settings.sigma, still, self._states)
+        with RunningEstimate(objective.name, 1) as running:
+            objective.counted = running.count if running.trackers else None
+            return evaluate(objective, settings.evaluator, points, seed, pairs=0).center
 
-    def offsets(self, tensors: Sequence[torch.Tensor], center: torch.Tensor, num: int) -> torch.Tensor:
-        """The packed states after 0, 1, ... ``num - 1`` windows at the parameters."""
-        states, recipe, space = [center], self.setup.recipe, self.setup.space
-        for k in range(num - 1):
-            self.begin(states[-1], None, None)
-            objective, params = self._objective(tensors)
-            seed = derive(self._seed, 1, k)
-            still = center.new_zeros(space.size, dtype=space.dtype).expand(recipe.num_samples, len(SIDES), -1)
-            points = Particles(params, states[-1], recipe.directions(space, seed), recipe.sigma, still, self._states)
-            with Tally(objective.name, 1) as tally:
-                objective.counted = tally.count if tally.trackers else None
-                states.append(evaluate(objective, recipe.evaluator, points, seed, pairs=0).center)
-        return torch.stack(states)
+    def estimate(self, tensors: Sequence[torch.Tensor]) -> Estimate:
+        """Perturb, evaluate and sum.
 
-    def _objective(self, tensors: Sequence[torch.Tensor]) -> tuple[Objective, Leaves]:
-        """The window as evaluators call it, and the parameters."""
-        leaves = self.arguments.leaves.copy()
-        for k, position in self.setup.others:
-            leaves[position] = tensors[k].detach()
-        params = tuple([tensors[k].detach() for k in self.setup.chosen])
-        arguments = type(self.arguments)(self.arguments.form, self.arguments.spec, leaves, self.arguments.chosen)
-        return Objective(self.fn, arguments, (*params, self._center), self.habits), params
+        Args:
+            tensors: those of the call.
 
-    def estimate(self, tensors: Sequence[torch.Tensor], structure: Callable[[Sequence[Any]], Any] = tuple) -> Estimate:
-        """Perturb, evaluate and sum."""
+        Returns:
+            The estimate.
+
+        Raises:
+            RuntimeError: if it was made already, as under ``torch.vmap``.
+        """
         if self.values is not None:
             raise RuntimeError(
-                f"`torch.vmap` over `{self.fn.__qualname__}` cannot be: its particles have one state each."
+                f"`torch.vmap` over `{self._window.__qualname__}` cannot be: its particles have one state each."
             )
-        recipe, space = self.setup.recipe, self.setup.space
+        settings, space = self.setup.settings, self.setup.space
         objective, params = self._objective(tensors)
-        with Tally(objective.name, recipe.evaluations) as tally:
-            objective.counted = tally.count if tally.trackers else None
-            directions = recipe.directions(space, self._seed)
+        with RunningEstimate(objective.name, settings.evaluations) as running:
+            objective.counted = running.count if running.trackers else None
+            directions = self._directions(self._seed)
             shifts, self.weights = self._rule(self._held, functools.partial(draw, directions))
-            points = Particles(params, self._center, directions, recipe.sigma, shifts, self._states)
-            self.values = evaluate(objective, recipe.evaluator, points, self._seed)
-            flat = self._gradient(self.values.losses)
-            evaluations = recipe.evaluations + objective.repeated
-            value = self.values.loss.to(space.dtype)
-            if tally.trackers:
-                tally.finish(self._seed, value.item(), flat.norm().item(), evaluations=evaluations, failures=0)
-        evidence = Evidence(recipe, [self.values.losses], self.values.loss)
-        return Estimate(
-            value, directions, recipe.sigma, self._seed, evaluations, 0, [self.values.losses], flat, evidence, structure
-        )
+            points = Particles(params, self._center, directions, settings.sigma, shifts, self._states)
+            values = self.values = evaluate(objective, settings.evaluator, points, self._seed)
+            flat = self._gradient(values.losses)
+            value = values.loss.to(space.dtype)
+            if running.trackers:
+                evaluations = objective.evaluations
+                running.finish(self._seed, value.item(), flat.norm().item(), evaluations=evaluations, failures=0)
+        losses = values.losses
+        return Estimate(value, losses, losses, directions, settings, objective.evaluations, 0, flat, values.loss)
 
-    def keep(self, result: Estimate) -> int:
-        """Nothing: backward needs the gradient alone."""
-        del result
-        return 0
+    def _directions(self, seed: int) -> Directions:
+        settings = self.setup.settings
+        return Directions(settings.distribution, self.setup.space, seed, settings.num_samples)
+
+    def _objective(self, tensors: Sequence[torch.Tensor]) -> tuple[Objective, Leaves]:
+        """Return the window as evaluators call it, and the parameters."""
+        setup = self.setup
+        leaves = setup.arguments.leaves.copy()
+        for k, position in enumerate(setup.positions):
+            if k not in setup.chosen:
+                leaves[position] = tensors[k].detach()
+        params = tuple([tensors[k].detach() for k in setup.chosen])
+        arguments = replace(setup.arguments, leaves=leaves)
+        return Objective(self._window, arguments, (*params, self._center), self._facts, judges=False), params
 
     def _gradient(self, losses: torch.Tensor) -> torch.Tensor:
-        """The mean over particles of weight times loss, by the difference and the mean of each pair."""
-        space, recipe = self.setup.space, self.setup.recipe
+        """Return the mean over particles of weight times loss, by the difference and the mean of each pair."""
+        space, settings = self.setup.space, self.setup.settings
         half = torch.stack([losses[:, 0] - losses[:, 1], losses[:, 0] + losses[:, 1]]).to(space.dtype) / 2
         plus, minus = self.weights.unbind(1)
         with full_precision(space.device):
@@ -124,7 +157,7 @@ class WindowPlan(Plan):
             if together.any():  # pairs of which one side has begun anew; in all others the mean cancels
                 flat += torch.mv(together.t(), half[1])
         flat /= 2 * len(losses)
-        for leaf, sigma in zip(space.split(flat), recipe.sigma, strict=True):
+        for leaf, sigma in zip(space.split(flat), settings.sigma, strict=True):
             leaf /= sigma
         check_gradient(flat)
         return flat
@@ -132,7 +165,7 @@ class WindowPlan(Plan):
 
 def set_up(
     o: Options, fn: Callable[..., Any], params: Any, args: tuple[Any, ...]
-) -> tuple[Setup, Arguments, tuple[torch.Tensor, ...]]:
+) -> tuple[Setup, tuple[torch.Tensor, ...]]:
     """Take a call apart.
 
     Args:
@@ -142,7 +175,7 @@ def set_up(
         args: further arguments.
 
     Returns:
-        What calls with such arguments share, the arguments, and their tensors; the packed state's place is empty.
+        The call without its tensors, and these.
 
     Raises:
         TypeError: if a tensor to differentiate is of a kind that cannot be.
@@ -159,24 +192,22 @@ def set_up(
     check_radii(sigma, o.method, space.dtype, o.call)
     warn_below_resolution(tuple([p.detach() for p in leaves]), sigma, o.call)
     num = cast("int", o.num_samples)  # None is for directions with another mean than zero
-    recipe = WindowRecipe(o.distribution.at_radii(sigma), o.method, num, sigma, o.evaluator)
+    settings = Settings(o.distribution.at_radii(sigma), o.method, num, sigma, o.evaluator, first_only=_FIRST_ONLY)
     # A number stands for the packed state, and the function comes as an argument: so a journal reads what it does.
     arguments = flatten((params, 0.0, fn, *args), {}, (0, 1))
     packed = arguments.form.spans[1][0]
-    arguments = Arguments(arguments.form, arguments.spec, arguments.leaves, (*tracked, packed))
-    _warn_of_lost_gradients(arguments.leaves[packed + 1 :], typed)
-    positions = tuple([i for i, leaf in enumerate(arguments.leaves) if isinstance(leaf, torch.Tensor)])
+    leaves = tuple(arguments.leaves)
+    _warn_of_lost_gradients(list(leaves[packed + 1 :]), typed)
+    positions = tuple([i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)])
+    bare = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     setup = Setup(
-        positions=positions,
-        chosen=tuple([positions.index(i) for i in tracked]),
-        others=tuple([(k, i) for k, i in enumerate(positions) if i not in tracked]),
-        recipe=recipe,
-        space=space,
-        lost=None,
-        seed=o.seed,
-        generator=o.generator,
+        settings,
+        space,
+        Arguments(arguments.form, arguments.spec, bare, (*tracked, packed)),
+        positions,
+        tuple([positions.index(i) for i in tracked]),
     )
-    return setup, arguments, tuple([arguments.leaves[i] for i in positions])
+    return setup, tuple([leaves[i] for i in positions])
 
 
 def _check_params(leaves: tuple[torch.Tensor, ...], typed: str) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zograd._base.isolation import leaves_traces
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -46,7 +48,7 @@ class _Twins:
 
     def own(self, value: Any) -> Any:
         """The twin of a callable."""
-        if hasattr(value, "at_center"):
+        if leaves_traces(value):
             return value  # it evaluates replicas
         if isinstance(value, functools.partial):
             keywords = {k: self.own(v) for k, v in value.keywords.items()}

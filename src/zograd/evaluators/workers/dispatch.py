@@ -2,82 +2,75 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Future, wait
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from zograd._base.buffers import from_bytes
-from zograd.errors import DeterminismError, EvaluationTimeout, WorkerError
-from zograd.evaluators.workers.shipping import unpacked_error
-from zograd.evaluators.workers.worker import CENTER_POINT, Answer, Parcel, Task, at_home, fingerprint, work
-from zograd.failures import tries
+from zograd._base.streams import CENTER
+from zograd.errors import EvaluationTimeout, WorkerError
+from zograd.evaluators.task.answer import Answer, beside
+from zograd.evaluators.workers.worker import PickledJob, Reply, Task, at_home, work
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-    from zograd.evaluators.objective import Objective
-    from zograd.evaluators.points import Points
-    from zograd.evaluators.workers.executor import Crew
+    from zograd.evaluators.task.objective import Objective
+    from zograd.evaluators.task.points import Points
+    from zograd.evaluators.workers.executor import Workers
 
 _AHEAD = 2  # tasks under way for each worker: one that it does and one to go on with
 _LETHAL = 2  # deaths of workers after which a task is watched by itself
-torch_version: str = torch.__version__
 _PROOF = 3  # deaths by itself, in a row, that are not by chance: other workers may die of anything
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
 @dataclass(eq=False)
-class _Errand:
-    """Some points on their way."""
+class _Pending:
+    """Some points on their way: those of directions ``lo`` to ``hi`` at some offsets, or the center at none."""
 
     lo: int
     hi: int
+    offsets: tuple[float, ...]
     tried: int = 0  # times that the policy let it be evaluated again
     deaths: int = 0  # of workers while it was under way
     alone: int = 0  # of these, with nothing else under way
     with_job: bool = False  # to be sent with all that the job needs
     begun: float | None = None  # when a worker must have taken it
+    answer: Answer | None = None
+    parts: list[_Pending] | None = None  # it was taken apart, and these are under way in its place
 
     @property
     def points(self) -> int:
-        return self.hi - self.lo
+        return (self.hi - self.lo) * len(self.offsets) if self.offsets else 1
 
-    def single(self) -> list[_Errand]:
-        """Its points, each by itself."""
+    def single(self) -> list[_Pending]:
+        """Return its points, each by itself; they answer in its place."""
         if self.points == 1:
             return [self]
-        return [_Errand(p, p + 1, deaths=self.deaths) for p in range(self.lo, self.hi)]
+        directions = range(self.lo, self.hi)
+        self.parts = [_Pending(i, i + 1, (c,), deaths=self.deaths) for i in directions for c in self.offsets]
+        return self.parts
 
-
-@dataclass
-class _Values:
-    """The values of a span of points, in any order."""
-
-    first: int
-    rows: torch.Tensor
-    there: list[bool] = field(default_factory=list)
-    ready: int = 0  # of which all are there
-
-    def put(self, point: int, rows: torch.Tensor) -> None:
-        at = point - self.first
-        self.rows[at : at + len(rows)] = rows
-        self.there[at : at + len(rows)] = [True] * len(rows)
-        while self.ready < len(self.there) and self.there[self.ready]:
-            self.ready += 1
+    def done(self) -> Answer | None:
+        """Return the answer, or None if a part of it is missing."""
+        if self.answer is None and self.parts is not None:
+            answers = [part.answer for part in self.parts]
+            found = [answer for answer in answers if answer is not None]
+            if len(found) == len(answers):
+                self.answer = beside(found, self.hi - self.lo)
+        return self.answer
 
 
 class Dispatch:
     """Sends tasks, never too many at once, and takes the answers as they come.
 
     Args:
-        crew: the executor.
-        parcel: the estimate's job.
+        workers: the executor.
+        pickled: the estimate's job.
         fn: the objective, told of all that arrives.
         points: where.
         batch_size: points in a task.
@@ -85,27 +78,29 @@ class Dispatch:
     """
 
     def __init__(
-        self, crew: Crew, parcel: Parcel, fn: Objective, points: Points, batch_size: int, timeout: float | None
+        self,
+        workers: Workers,
+        pickled: PickledJob,
+        fn: Objective,
+        points: Points,
+        batch_size: int,
+        timeout: float | None,
     ) -> None:
-        self._crew, self._parcel, self._fn, self._points = crew, parcel, fn, points
+        self._workers, self._pickled, self._fn, self._points = workers, pickled, fn, points
         self._batch, self._timeout = batch_size, timeout
-        self._job = parcel.open()
-        self._sides = len(points.sides)
-        self._waiting: deque[_Errand] = deque()
-        self._suspects: deque[_Errand] = deque()  # to be under way alone
-        self._flying: dict[Future[Answer], _Errand] = {}
+        self._job = pickled.open()
+        self._waiting: deque[_Pending] = deque()
+        self._suspects: deque[_Pending] = deque()  # to be under way alone
+        self._flying: dict[Future[Reply], _Pending] = {}
         self._serial = itertools.count()
-        self._sent = 0  # times that the job was sent along, to this executor
-        self._bringing: dict[str, _Errand] = {}  # what was last to bring the job, by the workers that missed it
+        self._bringing: dict[str, _Pending] = {}  # what was last to bring the job, by the workers that missed it
         self._settled: set[str] = set()  # workers that have answered
-        self._values: _Values | None = None
-        self._center: torch.Tensor | None = None
-        self._proof: bytes | None = None
+        self._error: Answer | None = None
 
     def __enter__(self) -> Dispatch:
         if self._timeout is not None:
             try:
-                self._crew.meet()
+                self._workers.meet()
             except BrokenExecutor as error:
                 self._broken(error)
         at_home[self._job.key] = self._job
@@ -122,28 +117,32 @@ class Dispatch:
 
     # --------------------------------------------------------------------------------------------- what is asked for
 
-    def center(self) -> torch.Tensor:
-        """The value at the center."""
-        self._waiting.append(_Errand(CENTER_POINT, CENTER_POINT + 1))
-        while self._center is None:
-            self._step()
-        return self._center
+    def center(self) -> Answer:
+        """Return the center's answer."""
+        return next(self._answers([_Pending(CENTER, CENTER + 1, ())]))
 
-    def directions(self, lo: int, hi: int) -> Iterator[torch.Tensor]:
-        """The values of directions ``lo`` to ``hi``, of shape (directions, sides, *out), in order."""
-        first, last, shape = lo * self._sides, hi * self._sides, tuple(self._fn.shape)
-        rows = torch.empty((last - first, *shape), dtype=torch.float64)
-        values = self._values = _Values(first, rows, [False] * (last - first))
-        self._waiting.extend(_Errand(p, min(p + self._batch, last)) for p in range(first, last, self._batch))
-        given = 0
-        while given < hi - lo:
-            self._step()
-            ready = values.ready // self._sides
-            if ready > given:
-                self._fill()  # the workers go on while the values are summed
-                piece = rows[given * self._sides : ready * self._sides]
-                yield piece.view(ready - given, self._sides, *shape).to(self._fn.value.device)
-                given = ready
+    def directions(self, lo: int, hi: int) -> Iterator[Answer]:
+        """Yield the answers of directions ``lo`` to ``hi``, in order."""
+        offsets, batch = self._points.offsets, self._batch
+        if batch >= len(offsets):
+            step = batch // len(offsets)
+            return self._answers([_Pending(i, min(i + step, hi), offsets) for i in range(lo, hi, step)])
+        parts = [offsets[j : j + batch] for j in range(0, len(offsets), batch)]
+        whole = []
+        for i in range(lo, hi):
+            whole.append(_Pending(i, i + 1, offsets))
+            whole[-1].parts = [_Pending(i, i + 1, part) for part in parts]
+        return self._answers(whole)
+
+    def _answers(self, tasks: list[_Pending]) -> Iterator[Answer]:
+        for task in tasks:
+            self._waiting.extend(task.parts or [task])
+        for task in tasks:
+            while (answer := self._error or task.done()) is None:
+                self._step()
+            self._fill()  # the workers go on while the values are summed
+            yield answer
+            task.answer = task.parts = None
 
     # ------------------------------------------------------------------------------------------------- under way
 
@@ -153,23 +152,23 @@ class Dispatch:
         done, _ = wait(self._flying, timeout=self._patience(), return_when=FIRST_COMPLETED)
         broken: BaseException | None = None
         for future in done:
-            errand = self._flying.pop(future)
+            task = self._flying.pop(future)
             try:
                 answer = future.result()
             except (BrokenExecutor, CancelledError) as error:
-                self._flying[future] = errand  # with all others, below
+                self._flying[future] = task  # with all others, below
                 broken = error
             except Exception as error:
-                self._mishap(errand, error)
+                self._mishap(task, error)
             else:
-                self._take(errand, answer)
+                self._take(task, answer)
         if broken is not None:
             self._broken(broken)
         else:
             self._look_at_the_clock()
 
     def _fill(self) -> None:
-        room = _AHEAD * self._crew.workers if self._flying else None
+        most = _AHEAD * self._workers.workers if self._flying else None
         while self._suspects or self._waiting:
             if self._suspects and not self._flying:
                 self._send(self._suspects.popleft())
@@ -177,174 +176,138 @@ class Dispatch:
             if not self._waiting or (self._alone()):
                 return
             if self._flying:
-                room = _AHEAD * self._crew.workers if room is None else room
-                if len(self._flying) >= room:
+                most = _AHEAD * self._workers.workers if most is None else most
+                if len(self._flying) >= most:
                     return
             self._send(self._waiting.popleft())
 
     def _alone(self) -> bool:
-        """Whether what is under way is watched, and must stay by itself; or is the last before such a one."""
+        """Return whether what is under way is watched, and must stay by itself; or is the last before such a one."""
         return bool(self._suspects) or any(e.deaths >= _LETHAL for e in self._flying.values())
 
-    def _send(self, errand: _Errand) -> None:
-        executor = self._crew.executor
-        fn = self._fn
-        habits = fn.habits.differentiates, fn.habits.draws
+    def _send(self, pending: _Pending) -> None:
+        executor, fn = self._workers.executor, self._fn
         task = Task(
-            self._job.key, next(self._serial), errand.lo, errand.hi, self._points.sides, tuple(fn.shape), habits
+            self._job.key,
+            next(self._serial),
+            pending.lo,
+            pending.hi,
+            pending.offsets,
+            tuple(fn.shape),
+            copy.copy(fn.facts),
         )
         # The first tasks bring the job; who got none of them will say so.
-        with_job = errand.with_job or self._sent < self._crew.workers
-        self._sent += with_job
-        errand.begun = None
+        with_job = pending.with_job or self._pickled.sent < self._workers.workers
+        self._pickled.sent += with_job
+        pending.begun = None
         try:
-            future = executor.submit(work, task, self._parcel if with_job else None)
+            future = executor.submit(work, task, self._pickled if with_job else None)
         except BrokenExecutor as error:
-            self._waiting.appendleft(errand)
+            self._waiting.appendleft(pending)
             self._broken(error)
         except RuntimeError as error:
             if "shutdown" not in str(error):
                 raise
             raise WorkerError(f"`Pool`: its executor was shut down: {executor!r:.80}.") from error
         except Exception as error:
-            self._mishap(errand, error)
+            self._mishap(pending, error)
         else:
-            self._flying[future] = errand
+            self._flying[future] = pending
 
     # ------------------------------------------------------------------------------------------------- answers
 
-    def _take(self, errand: _Errand, answer: Answer) -> None:
-        if answer.missing:
-            self._bring(answer.worker, errand)
+    def _take(self, task: _Pending, reply: Reply) -> None:
+        if reply.answer is None:
+            self._bring(reply.worker, task)
             return
-        self._crew.names.add(answer.worker)
-        self._settled.add(answer.worker)
-        if answer.proof is not None:
-            self._check(answer.worker, *answer.proof)
-        fn = self._fn
-        evaluations, retries, failures = answer.counts
-        fn.count(evaluations, retries=retries, failures=failures)
-        fn.failures += failures
-        fn.habits.differentiates |= answer.habits[0]
-        fn.habits.draws |= answer.habits[1]
-        if errand.lo == CENTER_POINT:
-            fn.repeated += evaluations - 1
-            self._take_center(answer)
-        else:
-            fn.repeated += evaluations - self._take_values(errand, answer)
-        if answer.error is not None:
-            raise answer.error if isinstance(answer.error, BaseException) else unpacked_error(answer.error)
+        self._workers.names.add(reply.worker)
+        self._settled.add(reply.worker)
+        self._settle(task, reply.answer)
 
-    def _bring(self, worker: str, errand: _Errand) -> None:
+    def _settle(self, task: _Pending, answer: Answer) -> None:
+        fn = self._fn
+        fn.merge(answer.report, self._points, "`Pool`")
+        task.answer = answer
+        if answer.error is not None:
+            self._error = self._error or answer
+        elif fn.arrived is not None and task.offsets:
+            offsets = self._points.offsets
+            for i, row in enumerate(answer.values, task.lo):
+                for c, value in zip(task.offsets, row, strict=True):
+                    fn.arrived(i * len(offsets) + offsets.index(c), value)
+
+    def _bring(self, worker: str, task: _Pending) -> None:
         """Send a task again, with the job unless another one is on its way with that to this worker, or one like it."""
         on_its_way = [*self._flying.values(), *self._waiting]
         if self._bringing.get(worker) not in on_its_way:
-            self._bringing[worker] = errand
-            errand.with_job = True
-        self._waiting.appendleft(errand)
-
-    def _take_center(self, answer: Answer) -> None:
-        if answer.error is None:
-            fn = self._fn
-            exact = from_bytes(answer.data, answer.shape).to(self._job.space.device)
-            fn.recall(exact.to(_DTYPES[answer.dtype]))
-            self._center = exact
-
-    def _take_values(self, errand: _Errand, answer: Answer) -> int:
-        shape, fn = self._fn.shape, self._fn
-        rows = from_bytes(answer.data, (-1, *shape)) if shape.numel() else torch.empty((errand.points, *shape))
-        assert self._values is not None
-        self._values.put(errand.lo, rows)
-        if fn.arrived is not None:
-            for point, row in enumerate(rows, errand.lo):
-                i, j = divmod(point, self._sides)
-                fn.arrived(i, j, row.item() if not shape else row.to(fn.value.device))
-        return len(rows)
-
-    def _check(self, worker: str, proof: bytes, version: str) -> None:
-        if self._proof is None:
-            self._proof = fingerprint(self._job.points)
-        if version != torch_version:
-            raise DeterminismError(
-                f"`Pool`: worker {worker} has torch {version}, this process {torch_version}: directions, and so the "
-                "gradient, may differ. Install the same version everywhere."
-            )
-        if proof != self._proof:
-            raise DeterminismError(
-                f"`Pool`: worker {worker} makes other points than this process from the same seed, as if it were "
-                "another kind of machine. Its values would belong to another gradient."
-            )
+            self._bringing[worker] = task
+            task.with_job = True
+        self._waiting.appendleft(task)
 
     # ------------------------------------------------------------------------------------------- what goes wrong
 
-    def _mishap(self, errand: _Errand, error: Exception) -> None:
+    def _mishap(self, task: _Pending, error: Exception) -> None:
         """The executor itself failed to bring an answer."""
-        if self._parcel.error is not None:
+        if self._pickled.error is not None:
             raise WorkerError(
-                f"`Pool`: {self._fn.name} or an argument cannot be sent to other processes: {self._parcel.error}. "
+                f"`Pool`: {self._fn.name} or an argument cannot be sent to other processes: {self._pickled.error}. "
                 "Define functions at the top of a module and pass what they need as arguments, or install cloudpickle."
-            ) from self._parcel.error
+            ) from self._pickled.error
         if type(error).__name__ == "KilledWorker":  # dask's: it tried on several
-            self._failed(errand, self._died(errand, error))
+            self._failed(task, self._died(task, error))
             return
         raise WorkerError(f"`Pool`: the executor could not bring an answer: {error!r:.300}") from error
 
     def _broken(self, error: BaseException) -> None:
         """A worker died and took the executor along."""
-        errands = list(self._flying.values())
+        tasks = list(self._flying.values())
         self._flying.clear()
-        if not self._crew.owned:
+        if not self._workers.owned:
             raise WorkerError(
                 "`Pool`: a worker died, or its executor was ended, and nothing more can be evaluated by it. Give a "
                 "function that makes the executor, as `Pool(lambda: ProcessPoolExecutor(4))`: then it is made anew."
             ) from error
         self._renew()
-        alone = len(errands) == 1 and errands[0].points == 1 and errands[0].deaths >= _LETHAL
+        alone = len(tasks) == 1 and tasks[0].points == 1 and tasks[0].deaths >= _LETHAL
         if alone:
-            errands[0].alone += 1
-            if errands[0].alone < _PROOF:
-                self._suspects.appendleft(errands[0])
+            tasks[0].alone += 1
+            if tasks[0].alone < _PROOF:
+                self._suspects.appendleft(tasks[0])
             else:
-                self._failed(errands[0], self._died(errands[0], error))
+                self._failed(tasks[0], self._died(tasks[0], error))
             return
-        for errand in reversed(errands):
-            errand.deaths += 1
-            if errand.deaths < _LETHAL:
-                self._waiting.appendleft(errand)
+        for task in reversed(tasks):
+            task.deaths += 1
+            if task.deaths < _LETHAL:
+                self._waiting.appendleft(task)
             else:
-                self._suspects.extend(errand.single())
+                self._suspects.extend(task.single())
 
     def _renew(self) -> None:
-        self._crew.end()
-        self._sent = 0
+        self._workers.end()
+        self._pickled.sent = 0
         self._bringing.clear()
         self._settled.clear()
 
-    def _died(self, errand: _Errand, error: BaseException) -> WorkerError:
-        died = WorkerError(f"`Pool`: a worker died while it evaluated {self._fn.name} at {self._where(errand)}.")
+    def _died(self, task: _Pending, error: BaseException) -> WorkerError:
+        died = WorkerError(f"`Pool`: a worker died while it evaluated {self._fn.name} at {self._where(task)}.")
         died.__cause__ = error
         return died
 
-    def _where(self, errand: _Errand) -> str:
-        if errand.lo == CENTER_POINT:
+    def _where(self, task: _Pending) -> str:
+        if not task.offsets:
             return "the parameters themselves (the center)"
-        i, j = divmod(errand.lo, self._sides)
-        return f"direction {i} (offset {self._points.sides[j]:+g}) of the estimate with seed {self._job.seed}"
+        seed = self._points.directions.seed
+        return f"direction {task.lo} (offset {task.offsets[0]:+g}) of the estimate with seed {seed}"
 
-    def _failed(self, errand: _Errand, error: Exception) -> None:
-        """One evaluation came to nothing: as the policy says."""
-        fn, index = self._fn, errand.lo // self._sides if errand.lo != CENTER_POINT else CENTER_POINT
-        fn.count(1)  # it did begin
-        if errand.tried + 1 < tries(fn.policy):
-            fn.fail(1, again=1)
-            errand.tried, errand.alone = errand.tried + 1, 0
-            self._waiting.appendleft(errand)
-        elif fn.may_drop(index):
-            fn.fail(1)
-            assert self._values is not None
-            self._values.put(errand.lo, torch.as_tensor(fn.lost(), dtype=torch.float64).cpu().unsqueeze(0))
-        else:
-            raise error
+    def _failed(self, task: _Pending, error: Exception) -> None:
+        """Have one evaluation that came to nothing judged."""
+        answer = self._fn.give_up(task.lo, error, task.tried)
+        if answer is not None:
+            self._settle(task, answer)
+            return
+        task.tried, task.alone = task.tried + 1, 0
+        self._waiting.appendleft(task)
 
     # ------------------------------------------------------------------------------------------------- the clock
 
@@ -355,7 +318,7 @@ class Dispatch:
         late = {f: e for f, e in self._flying.items() if e.begun is not None and now >= self._deadline(e)}
         if not late:
             return
-        if self._crew.owned and not self._crew.in_threads:
+        if self._workers.owned and not self._workers.in_threads:
             others = [e for f, e in self._flying.items() if f not in late]
             self._flying.clear()
             self._renew()
@@ -363,58 +326,58 @@ class Dispatch:
             begun = list(late.values())
         else:
             begun = self._leave_behind(late)
-        for errand in begun:
-            if errand.points > 1:
-                self._waiting.extendleft(reversed(errand.single()))
+        for task in begun:
+            if task.points > 1:
+                self._waiting.extendleft(reversed(task.single()))
             else:
-                self._failed(errand, self._too_long(errand))
+                self._failed(task, self._too_long(task))
 
-    def _too_long(self, errand: _Errand) -> EvaluationTimeout:
+    def _too_long(self, task: _Pending) -> EvaluationTimeout:
         return EvaluationTimeout(
-            f"`Pool(timeout={self._timeout:g})`: {self._fn.name} took longer at {self._where(errand)}."
+            f"`Pool(timeout={self._timeout:g})`: {self._fn.name} took longer at {self._where(task)}."
         )
 
-    def _leave_behind(self, late: dict[Future[Answer], _Errand]) -> list[_Errand]:
+    def _leave_behind(self, late: dict[Future[Reply], _Pending]) -> list[_Pending]:
         """Give up tasks whose workers cannot be ended, and return those that had begun."""
         begun = []
-        for future, errand in late.items():
+        for future, task in late.items():
             del self._flying[future]
             if future.cancel():  # no worker was free to take it
-                self._waiting.appendleft(errand)
+                self._waiting.appendleft(task)
             else:
-                self._crew.abandon(future)
-                begun.append(errand)
-        if self._crew.lost >= self._crew.workers:
+                self._workers.abandon(future)
+                begun.append(task)
+        if self._workers.lost >= self._workers.workers:
             raise EvaluationTimeout(
-                f"`Pool(timeout={self._timeout:g})`: all {self._crew.workers} workers hang in {self._fn.name}, and an "
-                "executor of others, or of threads, cannot be ended. Give a function that makes one of processes."
+                f"`Pool(timeout={self._timeout:g})`: all {self._workers.workers} workers hang in {self._fn.name}, and "
+                "an executor of others, or of threads, cannot be ended. Give a function that makes one of processes."
             )
         return begun
 
-    def _deadline(self, errand: _Errand) -> float:
+    def _deadline(self, task: _Pending) -> float:
         assert self._timeout is not None
-        assert errand.begun is not None
+        assert task.begun is not None
         # As long as a worker may still be starting, or importing what fn needs, it has the time that the first one had.
-        starting = len(self._settled) < self._crew.workers
-        return errand.begun + self._timeout * errand.points + starting * (1 + 2 * self._crew.started)
+        starting = len(self._settled) < self._workers.workers
+        return task.begun + self._timeout * task.points + starting * (1 + 2 * self._workers.started)
 
     def _patience(self) -> float | None:
         """Seconds until the first task is late; each that a worker must have taken by now is on the clock."""
         if self._timeout is None:
             return None
         now = time.monotonic()
-        busy = max(1, len(self._crew.names) - self._crew.lost)
-        for errand in itertools.islice(self._flying.values(), busy):
-            if errand.begun is None:
-                errand.begun = now
+        busy = max(1, len(self._workers.names) - self._workers.lost)
+        for task in itertools.islice(self._flying.values(), busy):
+            if task.begun is None:
+                task.begun = now
         begun = [self._deadline(e) for e in self._flying.values() if e.begun is not None]
         return max(0.0, min(begun) - now) if begun else None
 
     def _leave(self, *, patient: bool) -> None:
         """The end: nothing is begun any more, and what is under way is waited for and counted."""
-        if self._flying and not patient and self._crew.owned:
+        if self._flying and not patient and self._workers.owned:
             self._flying.clear()
-            self._crew.end()
+            self._workers.end()
         self._waiting.clear()
         self._suspects.clear()
         for future in list(self._flying):
@@ -427,13 +390,13 @@ class Dispatch:
             if not done and late:
                 break
         for future in self._flying:
-            self._crew.abandon(future)
-        if self._flying and self._crew.owned:
-            self._crew.end()
+            self._workers.abandon(future)
+        if self._flying and self._workers.owned:
+            self._workers.end()
         self._flying.clear()
 
-    def _take_last(self, errand: _Errand, future: Future[Any]) -> None:
+    def _take_last(self, task: _Pending, future: Future[Reply]) -> None:
         try:
-            self._take(errand, future.result())
+            self._take(task, future.result())
         except Exception:  # the first error is the one that is told
             return

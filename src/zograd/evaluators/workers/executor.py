@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from zograd._base.execution import cores
 from zograd.errors import WorkerError
-from zograd.evaluators.workers.worker import ping, settle
+from zograd.evaluators.workers.process import ping, settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,7 @@ def spawned(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
-class Crew:
+class Workers:
     """An executor, given or made by a factory.
 
     Args:
@@ -150,7 +150,7 @@ class Crew:
     def __reduce__(self) -> tuple[Any, ...]:
         """Without the executor, as part of a module that goes to the workers."""
         own = isinstance(self.factory, functools.partial) and self.factory.func is spawned
-        return Crew, (None, self.factory if own else None, self._workers)
+        return Workers, (None, self.factory if own else None, self._workers)
 
     def __repr__(self) -> str:
         if self._executor is None and isinstance(self.factory, functools.partial):

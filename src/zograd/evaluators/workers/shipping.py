@@ -6,13 +6,10 @@ import functools
 import importlib
 import io
 import pickle
-import traceback
 import types
 from typing import TYPE_CHECKING, Any
 
 import torch
-
-from zograd.errors import EvaluationError, WorkerError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,47 +90,3 @@ def _find(module: str, qualname: str, path: tuple[str, ...]) -> Any:
     for name in (*qualname.split("."), *path):
         found = getattr(found, name)
     return found
-
-
-# -------------------------------------------------------------------------------------------------------- exceptions
-
-
-class RemoteTraceback(Exception):
-    """Where an exception was raised in a worker, as text."""
-
-    def __str__(self) -> str:
-        return f"\n\n{self.args[0]}"
-
-
-def packed_error(error: BaseException) -> tuple[list[bytes | str], str]:
-    """An exception and its causes for another process: pickled, or told in words if they do not pickle."""
-    chain: list[bytes | str] = []
-    link: BaseException | None = error
-    while link is not None and len(chain) < 4:
-        try:
-            data = pickle.dumps(link)
-            pickle.loads(data)  # one whose constructor takes more than its text pickles and cannot be read
-            chain.append(data)
-        except Exception:
-            chain.append(f"{type(link).__module__}.{type(link).__qualname__}, which does not pickle: {link!s:.200}")
-        link = link.__cause__
-    return chain, "".join(traceback.format_exception(error))
-
-
-def unpacked_error(packed: tuple[list[bytes | str], str]) -> BaseException:
-    """The exception, with its causes and where it was raised."""
-    chain, text = packed
-    errors = [_read(link) for link in chain]
-    for error, cause in zip(errors, [*errors[1:], RemoteTraceback(text)], strict=True):
-        error.__cause__ = cause
-    return errors[0]
-
-
-def _read(link: bytes | str) -> BaseException:
-    if isinstance(link, str):
-        return EvaluationError(f"a worker raised {link}")
-    try:
-        found = pickle.loads(link)
-    except Exception as error:
-        return WorkerError(f"a worker raised an exception that cannot be read here: {error!r:.200}")
-    return found if isinstance(found, BaseException) else WorkerError(f"a worker raised {found!r:.200}")

@@ -1,0 +1,1 @@
+"""A task: the points, the function that it evaluates there, and the answer."""

@@ -1,0 +1,123 @@
+"""The points that directions lead to, as a sequence."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from zograd._base.trees import Leaves
+    from zograd.distributions.base import Noise
+    from zograd.distributions.directions import Directions
+
+
+class Points:
+    """Where ``fn`` is evaluated: point ``i * len(offsets) + j`` is ``params + offsets[j] * sigma * eps_i``.
+
+    A point is made when it is asked for, as tensors that ``fn`` may write to. Points pickle without the directions that
+    they hold: another process makes those from the seed.
+
+    Args:
+        params: the differentiated leaves, detached.
+        directions: the directions.
+        sigma: the smoothing radius of each leaf.
+        offsets: the scheme's offsets without the center.
+    """
+
+    def __init__(
+        self, params: Leaves, directions: Directions, sigma: tuple[float, ...], offsets: tuple[float, ...]
+    ) -> None:
+        self.params = params
+        self.directions = directions
+        self.sigma = sigma
+        self.offsets = offsets
+        self._first = offsets[:1]
+        self._scales = {c: tuple([c * s for s in sigma]) for c in offsets}
+
+    def __len__(self) -> int:
+        return len(self.directions) * len(self.offsets)
+
+    def __getitem__(self, number: int) -> Leaves:
+        if not 0 <= number < len(self):
+            raise IndexError(f"there are {len(self)} points, got number {number}.")
+        i, j = divmod(number, len(self.offsets))
+        for k, point in enumerate(self.each(i, i + 1)):
+            if k == j:
+                return point
+        raise AssertionError
+
+    def only(self, offsets: tuple[float, ...]) -> Points:
+        """Return the points at these offsets, which share the directions in memory."""
+        if offsets == self.offsets:
+            return self
+        some = copy.copy(self)
+        some.offsets = offsets
+        return some
+
+    def copy(self) -> Points:
+        """Return the same points with directions of their own in memory, for another thread."""
+        own = copy.copy(self)
+        own.directions = copy.copy(self.directions)
+        return own
+
+    def first(self) -> Leaves:
+        """Return the point of direction 0 at the scheme's first offset, by which processes compare their points."""
+        return next(self.only(self._first).each(0, 1))
+
+    def center(self) -> Leaves:
+        """Return a copy of the parameters."""
+        return tuple([p.clone() for p in self.params])
+
+    def each(self, lo: int, hi: int) -> Iterator[Leaves]:
+        """Yield the points of directions ``lo`` to ``hi`` one by one."""
+        space, shift = self.directions.space, self.directions.distribution.shift
+        scales = [self._scales[c] for c in self.offsets]
+        for row in zip(*[part.unbind(0) for part in self._parts(lo, hi)], strict=True):
+            for scale in scales:
+                yield shift(space, self.params, row, scale)
+
+    def rows(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Leaves:
+        """Return the points of directions ``lo`` to ``hi``, offset after offset, with a leading axis of rows."""
+        d, parts = self.directions, self._parts(lo, hi)
+        columns = [d.distribution.shift(d.space, self.params, parts, self._scales[c]) for c in offsets]
+        return columns[0] if len(columns) == 1 else tuple(map(torch.cat, zip(*columns, strict=True)))
+
+    def factors(self, lo: int, hi: int, offsets: tuple[float, ...]) -> tuple[Noise, Callable[[Noise], Leaves]]:
+        """Return what the points of :meth:`rows` are made of, by rows, and a function from one row to its point.
+
+        It serves families that keep the parameters apart from their low-rank change; elsewhere a row is the point.
+        """
+        d, params, sigma = self.directions, self.params, self.sigma
+        family, space = d.distribution, d.space
+        if not family.factored:
+            return self.rows(lo, hi, offsets), _itself
+        rows = family.mirrored(space, self._parts(lo, hi), offsets)
+        return rows, lambda row: family.factor(space, params, row, sigma)
+
+    def spans(self, chunk: int, lo: int = 0, hi: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yield spans of about ``chunk`` directions that cover ``lo`` to ``hi``.
+
+        A span lies within one block or is made of whole blocks: otherwise a block would have to be drawn twice.
+
+        Yields:
+            The bounds of each span, in order.
+        """
+        stop, block = len(self.directions) if hi is None else hi, self.directions.block
+        step = chunk // block * block or chunk
+        while lo < stop:
+            whole = chunk >= block and lo % block == 0
+            end = lo + step if whole else min(lo + chunk, (lo // block + 1) * block)
+            yield lo, min(end, stop)
+            lo = end
+
+    def _parts(self, lo: int, hi: int) -> Noise:
+        d = self.directions
+        return d.distribution.parts(d.space, d.noise(lo, hi))
+
+
+def _itself(row: Leaves) -> Leaves:
+    return row
