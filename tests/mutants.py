@@ -55,7 +55,7 @@ UNROLLED = "test_unrolled.py"
 MUTANTS = [
     Mutant(
         "gradient times sigma^2",
-        "distributions/sums.py",
+        "distributions/directions.py",
         "return self._sum.div_(divisor * self._sigma[0])",
         "return self._sum.mul_(self._sigma[0] / divisor)",
         (EXACT, STATISTICS),
@@ -63,8 +63,8 @@ MUTANTS = [
     Mutant(
         "baseline overwritten in the loop",
         "estimate/estimate.py",
-        "coefficients.append(s.combine(piece, center))",
-        "coefficients.append(s.combine(piece, torch.cat([center[None], piece[:-1, -1]])))",
+        "coefficients.append(combine(s, piece, center))",
+        "coefficients.append(combine(s, piece, torch.cat([center[None], piece[:-1, -1]])))",
         (STATISTICS, EXACT),
     ),
     Mutant(
@@ -90,7 +90,7 @@ MUTANTS = [
     ),
     Mutant(
         "divided twice by N",
-        "distributions/sums.py",
+        "distributions/directions.py",
         "divisor = (len(d) if num is None else num) /",
         "divisor = (len(d) if num is None else num) ** 2 /",
         (EXACT, STATISTICS),
@@ -98,15 +98,15 @@ MUTANTS = [
     Mutant(
         "stale noise",
         "distributions/directions.py",
-        "self.distribution.draw(self.space, noise, self.seed, block)",
-        "self.distribution.draw(self.space, noise, self.seed, 0)",
+        "self.distribution.draw(self.space, part, self.seed, block)",
+        "self.distribution.draw(self.space, part, self.seed, 0)",
         (STATISTICS, EXACT),
     ),
     Mutant(
         "same noise in equal shapes",
         "distributions/base.py",
-        "            self._fill_tile(part, generator, space, seed, block, tile)\n",
-        "            self._fill_tile(part, generator, space, seed, block, tile)\n"
+        "        fill_tiles(self.fill, noise[0].view(-1), seed, block * tiles)\n",
+        "        fill_tiles(self.fill, noise[0].view(-1), seed, block * tiles)\n"
         "        for (a, b), (c, d) in zip(space.bounds, space.bounds[1:]):\n"
         "            if b - a == d - c:\n"
         "                noise[0][:, c:d] = noise[0][:, a:b]\n",
@@ -114,7 +114,7 @@ MUTANTS = [
     ),
     Mutant(
         "frozen leaf perturbed",
-        "func/decorator.py",
+        "func/function.py",
         "chosen = tuple([i for i in arguments.chosen if is_tracked(arguments.leaves[i])])",
         "chosen = arguments.chosen if any(map(is_tracked, arguments.params())) else ()",
         ("test_autograd.py",),
@@ -129,8 +129,8 @@ MUTANTS = [
     Mutant(
         "noise in the parameter's low precision",
         "distributions/base.py",
-        "return torch.add(leaf.to(eps.dtype), eps, alpha=scale).to(leaf.dtype)",
-        "return torch.add(leaf, (eps * scale).to(leaf.dtype))",
+        "else torch.add(leaf.to(eps.dtype), eps, alpha=c).to(leaf.dtype)",
+        "else torch.add(leaf, (eps * c).to(leaf.dtype))",
         (EXACT, STATISTICS, "test_distributions.py"),
     ),
     Mutant(
@@ -177,14 +177,14 @@ MUTANTS = [
     ),
     Mutant(
         "block order",
-        "distributions/sums.py",
+        "distributions/directions.py",
         "and used + rows <= known:",
         "and (rows := min(rows, known - used)):",
         (BITS,),
     ),
     Mutant(
         "sigma of the wrong leaf",
-        "distributions/sums.py",
+        "distributions/directions.py",
         "zip(space.split(self._sum), self._sigma, strict=True)",
         "zip(space.split(self._sum), self._sigma[::-1], strict=True)",
         ("test_contracts.py", "test_nn.py"),
@@ -199,8 +199,8 @@ MUTANTS = [
     Mutant(
         "nested: the sides of a pair adapt along different directions",
         "_base/streams.py",
-        "        self._nested = 0\n        self._torch.seed(self._key)\n",
-        "        self._torch.seed(self._key)\n",
+        "        self._nested = 0\n        for generator in",
+        "        for generator in",
         ("test_es_maml.py",),
     ),
     Mutant(
@@ -290,13 +290,13 @@ MUTANTS = [
     Mutant(
         "tracker: evaluations count once they are done",
         "evaluators/task/objective.py",
-        "            self.counted(evaluations, retries, failures)\n\n    def _call",
-        "            self.counted(0, retries, failures)\n\n    def _call",
+        "            self.counted(num, 0, 0)\n",
+        "            self.counted(0, 0, 0)\n",
         (TRACKING,),
     ),
     Mutant(
         "tracker: the seed is drawn before the budget is asked",
-        "func/call.py",
+        "func/function.py",
         "        with RunningEstimate(objective.name, self.settings.evaluations) as running:",
         "        draw_seed(self.seed, self.generator)\n"
         "        with RunningEstimate(objective.name, self.settings.evaluations) as running:",
@@ -326,8 +326,8 @@ MUTANTS = [
     Mutant(
         "distributed: each rank keeps its own center",
         "evaluators/distributed.py",
-        "values=values[0].to(answer.device)",
-        "values=values[exchange.index].to(answer.device)",
+        "values=values[0].to(answer.device or",
+        "values=values[exchange.index].to(answer.device or",
         (DISTRIBUTED,),
     ),
     Mutant(
@@ -452,8 +452,8 @@ MUTANTS = [
     Mutant(
         "a retry at the point that fn wrote to",
         "evaluators/task/objective.py",
-        "again = functools.partial(points.__getitem__, number)",
-        "again = lambda p=points[number]: p",
+        "functools.partial(self._value, call, points, number, None)",
+        "functools.partial(self._value, call, points, number, point)",
         (FAILURES,),
     ),
     Mutant(
@@ -515,14 +515,14 @@ MUTANTS = [
     ),
     Mutant(
         "the step's resolution is asked of half precision alone",
-        "estimate/checks.py",
+        "evaluators/task/points.py",
         "radius > _CLEAR.get(leaf.dtype, math.inf):",
         "radius > 0 and leaf.dtype in _CLEAR:",
         ("test_first_hour.py",),
     ),
     Mutant(
         "an error tells a module's user to name an argument that a module has not",
-        "func/decorator.py",
+        "func/function.py",
         'module=o.call != "zero_order"',
         "module=False",
         ("test_first_hour.py",),
@@ -537,8 +537,8 @@ MUTANTS = [
     Mutant(
         "directions drawn under autocast",
         "distributions/directions.py",
-        "with full_precision(self.space.device):\n                self.distribution",
-        "if True:\n                self.distribution",
+        "with self.space.full_precision():\n            for block",
+        "if True:\n            for block",
         ("test_directions.py",),
     ),
     Mutant(

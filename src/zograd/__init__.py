@@ -23,7 +23,8 @@ from zograd.errors import (
     ZeroOrderWarning,
 )
 from zograd.estimate.result import Estimate
-from zograd.func.decorator import ZeroOrderFunction, zero_order
+from zograd.func.decorator import zero_order
+from zograd.func.function import ZeroOrderFunction
 from zograd.func.options import Options
 from zograd.func.slices import SliceCheck, check_slices
 from zograd.optim import replay

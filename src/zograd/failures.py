@@ -141,12 +141,24 @@ def is_failure(error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(error, _BEYOND)
 
 
-def tries(policy: Failures) -> int:
-    """How often one point may be evaluated."""
-    return 1 + policy.times if isinstance(policy, Retry) else 1
+@dataclass(frozen=True)
+class Policy:
+    """What ``failures=`` comes down to.
+
+    Attributes:
+        tries: how often one point may be evaluated.
+        drop: what is to be done about points that failed for good, if they may be left out.
+    """
+
+    tries: int = 1
+    drop: Drop | None = None
+
+    @classmethod
+    def of(cls, failures: Failures) -> Policy:
+        """Return the policy that a setting means."""
+        last: Any = failures.then if isinstance(failures, Retry) else failures
+        times = failures.times if isinstance(failures, Retry) else 0
+        return cls(1 + times, last if isinstance(last, Drop) else None)
 
 
-def dropping(policy: Failures) -> Drop | None:
-    """What is to be done about points that failed for good, if they may be left out."""
-    last: Any = policy.then if isinstance(policy, Retry) else policy
-    return last if isinstance(last, Drop) else None
+RAISE = Policy()

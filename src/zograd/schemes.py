@@ -11,14 +11,10 @@ import functools
 import math
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
-
-Value = TypeVar("Value", float, "torch.Tensor")
 
 __all__ = ["ANTITHETIC", "FORWARD", "FOURTH_ORDER", "NAIVE", "SCHEMES", "Scheme"]
 
@@ -118,20 +114,8 @@ class Scheme:
         Returns:
             Coefficients of shape ``(directions, *out)``.
         """
-        return self.difference(sides.unbind(1), center)
-
-    def difference(self, sides: Sequence[Value], center: Value) -> Value:
-        r"""One coefficient :math:`\sum_j w_j f_j`, or a tensor of them.
-
-        Args:
-            sides: one value for each of ``self.sides``, or one tensor of values.
-            center: the value at the center.
-
-        Returns:
-            The weighted sum.
-        """
         # Elementwise, so that the bits cannot depend on how many directions come at once.
-        columns = iter(sides)
+        columns = iter(sides.unbind(1))
         terms = [w * (next(columns) if c else center) for c, w in zip(self.offsets, self.weights, strict=True)]
         return functools.reduce(operator.add, terms)
 

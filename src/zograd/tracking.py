@@ -177,9 +177,8 @@ class Tracker:
             self._callback(TrackedEstimate(**row))
 
 
-def watched() -> bool:
-    """Whether a tracker sees what runs here."""
-    return bool(_active.get())
+trackers: Callable[[], tuple[Tracker, ...]] = _active.get
+"""The trackers that see what runs here."""
 
 
 class RunningEstimate:

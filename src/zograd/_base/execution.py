@@ -1,4 +1,4 @@
-"""How zograd's own work runs: in which threads, and in which precision."""
+"""How zograd's own work runs: in which threads, and under which of torch's modes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-
-_NOTHING = contextlib.nullcontext()
 
 
 @functools.cache
@@ -47,11 +44,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """No autocast: a matrix product of ours in bfloat16 would round points or gradient to three digits."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else _NOTHING
 
 
 @dataclass(frozen=True)

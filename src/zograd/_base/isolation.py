@@ -90,17 +90,6 @@ def _again(module: nn.Module, parameters: dict[str, nn.Parameter]) -> ModuleFunc
     return ModuleFunction(module, {id(p): name for name, p in parameters.items()})
 
 
-def center_of(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what evaluates the center of a function."""
-    return fn.at_center if isinstance(fn, ModuleFunction) else fn
-
-
-def commit(fn: Callable[..., Any]) -> None:
-    """Let the traces of the center's evaluation stay, now that the estimate is done."""
-    if isinstance(fn, ModuleFunction):
-        fn.commit()
-
-
 def leaves_traces(fn: Callable[..., Any]) -> bool:
     """Return whether the center leaves traces, so that it must be evaluated where the function is."""
     return isinstance(fn, ModuleFunction)

@@ -36,13 +36,6 @@ class Purpose(IntEnum):
     INNER = 2
 
 
-def _mix32(x: int) -> int:
-    """A bijection of 32-bit integers in which each input bit moves half of the output bits (murmur3's finalizer)."""
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
-    return x ^ (x >> 16)
-
-
 @functools.lru_cache(maxsize=8)  # an estimate mixes its own seed for each of its streams
 def _mix64(x: int) -> int:
     """A bijection of 64-bit integers (splitmix64)."""
@@ -68,8 +61,14 @@ def key(seed: int, purpose: Purpose, counter: int) -> int:
         raise OverflowError(
             f"an estimate has at most 2**{_COUNTER_BITS} streams for each purpose, got number {counter}."
         )
-    mixed = _mix64(seed)
-    return _mix32(_mix32((purpose << _COUNTER_BITS | counter) ^ (mixed & _MASK32)) ^ (mixed >> 32))
+    x, mixed = purpose << _COUNTER_BITS | counter, _mix64(seed)
+    for half in (mixed & _MASK32, mixed >> 32):
+        # A bijection of 32-bit integers in which each input bit moves half of the output bits (murmur3's finalizer).
+        x ^= half
+        x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
+        x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
+        x ^= x >> 16
+    return x
 
 
 def derive(seed: int, *counters: int) -> int:
@@ -104,14 +103,6 @@ def _draw(generator: torch.Generator) -> int:
 # ---------------------------------------------------------------------------------------------- torch's global stream
 
 
-def _default_generators(device: torch.device) -> list[torch.Generator]:
-    generators = [torch.default_generator]
-    if device.type in ("cuda", "xpu"):
-        module = torch.get_device_module(device)
-        generators.append(module.default_generators[device.index or 0])
-    return generators
-
-
 class _Ownership:
     """Which thread's estimate may seed torch's global CPU stream: the first that asks, until it is done."""
 
@@ -120,7 +111,7 @@ class _Ownership:
         self._thread: int | None = None
         self._depth = 0
         self._state = torch.empty(0)  # of the global stream as all others should find it
-        self._room = torch.empty((), dtype=torch.int64)
+        self._drawn = torch.empty((), dtype=torch.int64)
 
     def acquire(self) -> int:
         """How deep in its estimates this thread now is, the outermost being 1; 0 if another thread is the owner."""
@@ -143,7 +134,7 @@ class _Ownership:
         """One draw from the global stream, past the owner if that is another thread."""
         with self._lock:
             if not self._depth or self._thread == threading.get_ident():
-                return int(self._room.random_(generator=torch.default_generator))
+                return int(self._drawn.random_(generator=torch.default_generator))
             beside = torch.Generator()
             beside.set_state(self._state)
             drawn = _draw(beside)
@@ -213,7 +204,7 @@ class TorchStream:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._generators: list[torch.Generator] = []
+        self.generators: list[torch.Generator] = []
         self._states: list[tuple[torch.Generator, torch.Tensor]] = []
         self._leave: list[Callable[..., Any]] = []
 
@@ -221,20 +212,23 @@ class TorchStream:
         draws = getattr(_thread, "draws", None)
         depth = 0 if draws is not None else _ownership.acquire()
         if draws is not None:
-            self._generators = list(draws.generators.values())
+            self.generators = list(draws.generators.values())
         elif depth:
             self._leave = [_ownership.release]
-            self._generators = _default_generators(self._device)
+            self.generators = [torch.default_generator]
+            if self._device.type in ("cuda", "xpu"):
+                of_device = torch.get_device_module(self._device).default_generators
+                self.generators.append(of_device[self._device.index or 0])
         else:
             self._begin_local_draws()
-        restored = self._generators[1:] if depth == 1 else self._generators  # the owner gives back the CPU's itself
+        restored = self.generators[1:] if depth == 1 else self.generators  # the owner gives back the CPU's itself
         self._states = [(g, g.get_state()) for g in restored]
         return self
 
     def _begin_local_draws(self) -> None:
         draws = _thread.draws = _LocalDraws(self._device)
         draws.__enter__()  # type: ignore[no-untyped-call]
-        self._generators = list(draws.generators.values())
+        self.generators = list(draws.generators.values())
         self._leave = [
             lambda: draws.__exit__(None, None, None),  # type: ignore[no-untyped-call]
             lambda: setattr(_thread, "draws", None),
@@ -242,7 +236,7 @@ class TorchStream:
 
     def seed(self, seed: int) -> None:
         """Let every stream start at ``seed``."""
-        for generator in self._generators:
+        for generator in self.generators:
             generator.manual_seed(seed)
 
     def __exit__(
@@ -308,11 +302,12 @@ class FnStream:
         """Begin an evaluation at direction ``index``; with ``rows`` or ``vmapped``, at many from there on."""
         if index != self._index:
             self._index = index
-            self._key = self.key(index)
+            self._key = key(self._seed, Purpose.FN, 0 if self.shared else index + 1)
         self._rows = rows
         self._vmapped = vmapped
         self._nested = 0
-        self._torch.seed(self._key)
+        for generator in self._torch.generators:
+            generator.manual_seed(self._key)
 
     def current_seed(self) -> int:
         if self._vmapped:

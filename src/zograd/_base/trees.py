@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import optree
 import torch
@@ -14,6 +15,8 @@ import torch
 _tree_flatten: Callable[[Any], tuple[list[Any], optree.PyTreeSpec]] = optree.tree_flatten
 
 Leaves: TypeAlias = tuple[torch.Tensor, ...]
+
+_NOTHING = contextlib.nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +47,15 @@ class Arguments:
 
     def build(self, params: Leaves) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the call's positional and keyword arguments with these tensors in place of the differentiated ones."""
+        return self.call(_both, params)  # type: ignore[no-any-return]
+
+    def call(self, fn: Callable[..., Any], params: Leaves) -> Any:
+        """Call a function with these tensors in place of the differentiated ones."""
         leaves = self.leaves.copy()
         for i, leaf in zip(self.chosen, params, strict=True):
             leaves[i] = leaf
-        return cast("tuple[tuple[Any, ...], dict[str, Any]]", optree.tree_unflatten(self.spec, leaves))
+        args, kwargs = optree.tree_unflatten(self.spec, leaves)
+        return fn(*args, **kwargs)
 
     def structure(self, per_leaf: Sequence[Any], *, several: bool) -> Any:
         """One value a differentiated leaf, in the structure of the differentiated arguments; None at the others."""
@@ -71,6 +79,10 @@ class Arguments:
         return [children[k] for k in self.form.places]
 
 
+def _both(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs
+
+
 def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], argnums: tuple[int | str, ...]) -> Arguments:
     """Take a call apart.
 
@@ -84,8 +96,13 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any], argnums: tuple[int | 
     """
     leaves, spec = _tree_flatten((args, kwargs))
     form = _form(spec, argnums)
-    chosen = tuple([i for span in form.spans for i in span if _is_float(leaves[i])])
-    return Arguments(form, spec, leaves, chosen)
+    chosen = []
+    for span in form.spans:
+        for i in span:
+            x = leaves[i]
+            if isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex() or x.is_quantized):
+                chosen.append(i)
+    return Arguments(form, spec, leaves, tuple(chosen))
 
 
 @functools.lru_cache(maxsize=256)
@@ -96,10 +113,6 @@ def _form(spec: optree.PyTreeSpec, argnums: tuple[int | str, ...]) -> Form:
     starts = [0, *itertools.accumulate(tree.num_leaves for tree in children)]
     places = tuple([names.index(argnum) for argnum in argnums])
     return Form(argnums, places, tuple([range(starts[k], starts[k + 1]) for k in places]))
-
-
-def _is_float(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex() or leaf.is_quantized)
 
 
 def sigma_per_leaf(sigma: Any, arguments: Arguments, *, several: bool, call: str = "zero_order") -> tuple[float, ...]:
@@ -178,6 +191,7 @@ class Space:
     slices: int = 1
     dtype: torch.dtype = field(init=False)
     dim: int = field(init=False)  # values in one slice
+    size: int = field(init=False)  # and in all of them
     bounds: tuple[tuple[int, int], ...] = field(init=False)
     simple: bool = field(init=False)  # one leaf that is its own flat vector
 
@@ -188,6 +202,7 @@ class Space:
         # Noise and sums in a leaf's own half precision would lose what the differences measure.
         object.__setattr__(self, "dtype", torch.float64 if double else torch.float32)
         object.__setattr__(self, "dim", sum(sizes))
+        object.__setattr__(self, "size", self.slices * self.dim)
         object.__setattr__(self, "bounds", tuple(zip([0, *ends[:-1]], ends, strict=True)))
         object.__setattr__(self, "simple", len(sizes) == 1 and len(self.shapes[0]) == 1 and self.batch_dim is None)
 
@@ -197,10 +212,10 @@ class Space:
         shapes = tuple(p.shape for p in params)
         return _space(shapes, tuple(p.dtype for p in params), params[0].device, batch_dim)
 
-    @property
-    def size(self) -> int:
-        """All values of all slices."""
-        return self.slices * self.dim
+    def full_precision(self) -> contextlib.AbstractContextManager[Any]:
+        """No autocast: a matrix product of ours in bfloat16 would round points or gradient to three digits."""
+        kind = self.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
     def split(self, flat: torch.Tensor) -> Leaves:
         """Views of ``(*lead, size)`` as leaves of shape ``(*lead, *shape)``, in the compute dtype."""
@@ -237,3 +252,29 @@ def _space(
     shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...], device: torch.device, batch_dim: int | None
 ) -> Space:
     return Space(shapes, dtypes, device, batch_dim, 1 if batch_dim is None else shapes[0][batch_dim])
+
+
+def by_slice(values: torch.Tensor, space: Space, lead: int) -> torch.Tensor:
+    """Return values of shape (*lead, *out) as (*lead, slices, outputs a slice)."""
+    if space.batch_dim is not None:
+        values = values.movedim(lead + space.batch_dim, lead)
+    return values.reshape(*values.shape[:lead], space.slices, -1)
+
+
+def one_per_slice(values: torch.Tensor, space: Space) -> torch.Tensor:
+    """Return values (N, *out) of an objective of one value a slice as (N, slices)."""
+    return by_slice(values, space, 1).squeeze(2)
+
+
+def from_slices(values: torch.Tensor, shape: torch.Size, space: Space, lead: int) -> torch.Tensor:
+    """Return values of shape (*lead, slices, outputs a slice) as (*lead, *out), ``shape`` being ``out``."""
+    if space.batch_dim is None:
+        return values.reshape(*values.shape[:lead], *shape)
+    rest = shape[: space.batch_dim] + shape[space.batch_dim + 1 :]
+    return values.reshape(*values.shape[:lead], space.slices, *rest).movedim(lead, lead + space.batch_dim)
+
+
+def weigh(coefficients: torch.Tensor, cotangent: torch.Tensor, space: Space) -> torch.Tensor:
+    """Return coefficients (N, *out) times a cotangent (*out), one number a direction and slice, (N, slices)."""
+    columns = by_slice(coefficients, space, 1)
+    return (columns * by_slice(cotangent.to(columns), space, 0)).sum(dim=2)

@@ -17,7 +17,8 @@ from zograd._base.streams import TorchStream, plain_call
 from zograd.diagnostics.subject import Given, Subject
 from zograd.diagnostics.watch import RandomStates, Reach
 from zograd.errors import NonFiniteError
-from zograd.evaluators.task.objective import as_tensor
+from zograd.evaluators.task.returned import as_tensor
+from zograd.evaluators.vmap import in_one_call
 
 if TYPE_CHECKING:
     from zograd._base.trees import Leaves
@@ -295,7 +296,7 @@ def _values_of_many(objective: Objective, points: Leaves) -> torch.Tensor:
     given = Given(tuple(p[0] for p in points), points)
 
     def vectorized(fn: Objective, points: Points, lo: int, hi: int) -> torch.Tensor:
-        return cast("torch.Tensor", fn.vectorized(points, lo, hi, points.offsets, "same"))
+        return cast("torch.Tensor", in_one_call(fn, points, lo, hi, points.offsets, "same"))
 
     return objective.take(objective.evaluate(given, 0, len(points[0]), vectorized), given).flatten()
 

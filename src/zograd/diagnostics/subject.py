@@ -15,8 +15,9 @@ from zograd.diagnostics.watch import Reach
 from zograd.distributions.directions import Directions
 from zograd.distributions.gaussian import Gaussian
 from zograd.evaluators.task.answer import Facts
-from zograd.evaluators.task.objective import Objective, as_tensor, function_name
+from zograd.evaluators.task.objective import Objective
 from zograd.evaluators.task.points import Points
+from zograd.evaluators.task.returned import as_tensor, function_name
 from zograd.func.options import Options
 
 if TYPE_CHECKING:

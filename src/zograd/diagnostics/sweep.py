@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zograd._base.execution import full_precision
 from zograd.diagnostics.subject import OutOfBudgetError
-from zograd.distributions.sums import project
+from zograd.distributions.directions import project
 from zograd.errors import ZeroOrderWarning
 from zograd.estimate.estimate import estimate
 from zograd.estimate.settings import Settings
@@ -170,7 +169,7 @@ def _mean(samples: Samples, coefficients: torch.Tensor, lo: int, hi: int) -> tor
     d, total, at = samples.directions, None, lo
     space, family = d.space, d.distribution
     c = coefficients.to(space.device, space.dtype)[:, None]
-    with full_precision(space.device):
+    with space.full_precision():
         while at < hi:
             end = min(hi, (at // d.block + 1) * d.block)
             total = family.add_sum(space, d.noise(at, end), c[at:end], total)

@@ -141,19 +141,9 @@ class Tiled(Distribution):
 
     def draw(self, space: Space, noise: Noise, seed: int, block: int) -> None:
         """Fill the block by tiles, a stream each."""
-        values = noise[0].view(-1)
-        parts = torch.split(values, TILE) if values.numel() > TILE else (values,)
-        generator = torch.Generator(space.device)
-        for tile, part in enumerate(parts):
-            self._fill_tile(part, generator, space, seed, block, tile)
-
-    def _fill_tile(
-        self, out: torch.Tensor, generator: torch.Generator, space: Space, seed: int, block: int, tile: int
-    ) -> None:
-        values = self.rows(space, BLOCK) * self.width(space)
+        values = self.rows(space, BLOCK) * noise[0].shape[1]
         tiles = -(-max(BLOCK, values) // TILE)  # of a whole block: a last, partial one keeps its keys
-        generator.manual_seed(key(seed, Purpose.DIRECTION, block * tiles + tile))
-        self.fill(out, generator)
+        fill_tiles(self.fill, noise[0].view(-1), seed, block * tiles)
 
 
 def fill_tiles(
@@ -161,7 +151,7 @@ def fill_tiles(
 ) -> None:
     """Fill a vector by tiles, a stream each; the first has this counter, the next ones those that follow."""
     generator = torch.Generator(values.device)
-    for tile, part in enumerate(torch.split(values, TILE)):
+    for tile, part in enumerate(torch.split(values, TILE) if values.numel() > TILE else (values,)):
         generator.manual_seed(key(seed, Purpose.DIRECTION, counter + tile))
         fill(part, generator)
 
@@ -194,10 +184,12 @@ class Dense(Tiled):
         """
         buffer = torch.empty(min(TILE, space.size), dtype=space.dtype, device=space.device)
         generator = torch.Generator(space.device)
+        tiles = -(-max(BLOCK, space.size) // TILE)
         for tile in range(lo // TILE, -(-hi // TILE)):
             start = tile * TILE
             part = buffer[: min(TILE, space.size - start)]
-            self._fill_tile(part, generator, space, seed, row, tile)
+            generator.manual_seed(key(seed, Purpose.DIRECTION, row * tiles + tile))
+            self.fill(part, generator)
             first = max(lo, start)
             yield first, part[first - start : hi - start]
 
@@ -207,7 +199,14 @@ class Dense(Tiled):
 
     def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> Leaves:
         """Each leaf moved in the compute dtype and rounded once."""
-        return tuple(map(_shift, params, parts, scale))
+        return tuple(
+            [
+                torch.add(leaf, eps, alpha=c)
+                if leaf.dtype == eps.dtype
+                else torch.add(leaf.to(eps.dtype), eps, alpha=c).to(leaf.dtype)
+                for leaf, eps, c in zip(params, parts, scale, strict=True)
+            ]
+        )
 
     def add_sum(self, space: Space, noise: Noise, c: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """One matrix-vector product a block."""
@@ -227,9 +226,3 @@ class Dense(Tiled):
         """The product of the noise matrix with the vector, slice by slice."""
         by_slice = noise[0].view(-1, space.slices, space.dim).transpose(0, 1)
         return torch.matmul(by_slice, vector.view(space.slices, space.dim, 1)).squeeze(2).t()
-
-
-def _shift(leaf: torch.Tensor, eps: torch.Tensor, scale: float) -> torch.Tensor:
-    if leaf.dtype == eps.dtype:
-        return torch.add(leaf, eps, alpha=scale)
-    return torch.add(leaf.to(eps.dtype), eps, alpha=scale).to(leaf.dtype)

@@ -1,15 +1,13 @@
-"""Directions: lazy, sliceable, index arithmetic only."""
+"""The directions of one estimate: drawn when asked for, drawn again, summed."""
 
 from __future__ import annotations
 
-import copy
-import operator
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from zograd._base.execution import cores, full_precision, second_thread
+from zograd._base.execution import cores, second_thread
 from zograd.distributions.base import Dense
 from zograd.errors import ReplayError
 
@@ -48,22 +46,17 @@ class Directions:
         self.replayable: bool = distribution.replayable(space)
         self._used = num  # how many of them the estimate is a mean over
         self.prefetch: bool | None = False  # make the next span in a second thread; None: where it gains
-        self._forget()
-
-    def _forget(self) -> None:
         self._span = range(0)
         self._noise: Noise = ()
         self._scratch: Noise = ()
-        self._kept: list[Noise] = []
+        self._kept: list[Noise] = []  # of a family that cannot make them again
         self._next: tuple[int, int, Noise, Future[Noise]] | None = None
 
     def __len__(self) -> int:
         return self._used
 
     def first(self, used: int) -> Directions:
-        """The first of these directions, which are drawn by the same blocks."""
-        if used == self.num:
-            return self
+        """Return the first of these directions, drawn by the same blocks and apart from those in memory."""
         some = Directions.__new__(Directions)
         some.__dict__.update(self.__dict__)
         some.num = min(self.num, -(-used // self.block) * self.block)
@@ -71,8 +64,8 @@ class Directions:
         return some
 
     def again(self) -> Directions:
-        """Return the same directions without those in memory; the ones in memory, if they cannot be made again."""
-        return copy.copy(self) if self.replayable else self
+        """Return the same directions apart from those in memory, for another thread."""
+        return self.first(self._used)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """The bounds of each block: the units of noise and of summation."""
@@ -116,12 +109,8 @@ class Directions:
             noise = self.noise(lo, hi)
         else:
             # Elsewhere: an evaluator that is ahead of the sum may still be using what it was given.
-            noise = self._scratch = self._memory(self._scratch, hi - lo)
-            self._draw(lo // self.block, noise)
+            noise = self._scratch = self._draw(lo // self.block, lo // self.block + 1, self._scratch)
         return self.distribution.add_sum(self.space, noise, c, out)
-
-    def _memory(self, noise: Noise, rows: int) -> Noise:
-        return noise if noise and noise[0].shape[0] == rows else self.distribution.empty(self.space, rows)
 
     def _load(self, first: int, last: int) -> None:
         buffer, self._span = self._noise, range(0)  # empty in case drawing fails halfway
@@ -131,17 +120,14 @@ class Directions:
         else:
             if self._next is not None:
                 wait([self._next[3]])  # it may not be written to any more
-            buffer, self._noise = (), self._fill(first, last, buffer)
-        lo, hi = self._bounds(first, last)
+            buffer, self._noise = (), self._draw(first, last, buffer)
+        lo, hi = first * self.block, min(last * self.block, self.num)
         self._next = None
         if hi < self.num and self._makes_ahead(sum(part.numel() for part in self._noise)):
             stop = min(2 * last - first, -(-self.num // self.block))
-            buffer = self._memory(buffer, operator.sub(*reversed(self._bounds(last, stop))))
-            self._next = last, stop, buffer, second_thread().submit(self._fill, last, stop, buffer)
+            buffer = self._memory(last, stop, buffer)
+            self._next = last, stop, buffer, second_thread().submit(self._draw, last, stop, buffer)
         self._span = range(lo, hi)
-
-    def _bounds(self, first: int, last: int) -> tuple[int, int]:
-        return first * self.block, min(last * self.block, self.num)
 
     def _makes_ahead(self, values: int) -> bool:
         if not (self.replayable and self.distribution.parallel) or self.space.device.type != "cpu":
@@ -150,21 +136,25 @@ class Directions:
             return _LEAST_AHEAD <= values <= _MOST_AHEAD and cores() > 1 and not torch.is_inference_mode_enabled()
         return self.prefetch and not torch.is_inference_mode_enabled()
 
-    def _fill(self, first: int, last: int, buffer: Noise) -> Noise:
-        lo, hi = self._bounds(first, last)
-        noise = self._memory(buffer, hi - lo)
-        for block in range(first, last):
-            start = block * self.block - lo
-            whole = last - first == 1
-            self._draw(block, noise if whole else tuple(p[start : start + self.block] for p in noise))
+    def _memory(self, first: int, last: int, buffer: Noise) -> Noise:
+        """Return memory for blocks ``first`` to ``last``: that of earlier ones, if it fits."""
+        rows = min(last * self.block, self.num) - first * self.block
+        return buffer if buffer and buffer[0].shape[0] == rows else self.distribution.empty(self.space, rows)
+
+    def _draw(self, first: int, last: int, buffer: Noise) -> Noise:
+        noise = self._memory(first, last, buffer)
+        # The same bits in every thread: autocast is of the thread, and the sum draws without it.
+        with self.space.full_precision():
+            for block in range(first, last):
+                start = (block - first) * self.block
+                part = noise if last - first == 1 else tuple([p[start : start + self.block] for p in noise])
+                if self.replayable:
+                    self.distribution.draw(self.space, part, self.seed, block)
+                else:
+                    self._recall(part, block)
         return noise
 
-    def _draw(self, block: int, noise: Noise) -> None:
-        if self.replayable:
-            # The same bits in every thread: autocast is of the thread, and the sum draws without it.
-            with full_precision(self.space.device):
-                self.distribution.draw(self.space, noise, self.seed, block)
-            return
+    def _recall(self, noise: Noise, block: int) -> None:
         while len(self._kept) <= block:
             rows = min(self.block, self.num - len(self._kept) * self.block)
             fresh = self.distribution.empty(self.space, rows)
@@ -183,3 +173,67 @@ class Directions:
 
     def __repr__(self) -> str:
         return f"Directions({self.distribution}, num={self.num}, size={self.space.size}, seed={self.seed})"
+
+
+class WeightedMean:
+    """The weighted mean of directions, ``mean_i c_i eps_i / sigma``, by fixed blocks in order.
+
+    The sum runs over the same blocks whatever the evaluator's chunks are, so its bits are a function of the
+    coefficients. It goes on while values arrive, so that each direction is drawn once.
+
+    Args:
+        directions: the directions.
+        sigma: the smoothing radius of each leaf.
+    """
+
+    def __init__(self, directions: Directions, sigma: tuple[float, ...]) -> None:
+        self._directions = directions
+        self._sigma = sigma
+        self._done = 0  # directions summed
+        self._waiting: torch.Tensor | None = None  # coefficients of a block that is not whole yet
+        self._sum: torch.Tensor | None = None
+
+    def add(self, coefficients: torch.Tensor) -> None:
+        """Take the coefficients of the next directions, one for each slice, and sum every block that is whole now."""
+        d, space = self._directions, self._directions.space
+        c = coefficients.reshape(-1, space.slices).to(device=space.device, dtype=space.dtype)
+        if self._waiting is not None:
+            c = torch.cat([self._waiting, c])
+        used, known = 0, c.shape[0]  # not len(): torch's is a Python function
+        with space.full_precision():
+            while (rows := min(d.block, d.num - self._done)) and used + rows <= known:
+                self._sum = d.add_sum(self._done, c if rows == known else c[used : used + rows], self._sum)
+                self._done += rows
+                used += rows
+        self._waiting = c[used:] if used < known else None
+
+    def result(self, num: int | None = None) -> torch.Tensor:
+        """Return the flat mean over the first ``num`` directions, of shape (size,) in the compute dtype."""
+        d, space = self._directions, self._directions.space
+        if self._waiting is not None:  # the estimate ended within a block
+            rows = min(d.block, d.num - self._done) - self._waiting.shape[0]
+            self.add(self._waiting.new_zeros(rows, space.slices))
+        assert self._sum is not None
+        divisor = (len(d) if num is None else num) / d.distribution.scale(space)
+        if len(set(self._sigma)) == 1:
+            return self._sum.div_(divisor * self._sigma[0])
+        for leaf, sigma in zip(space.split(self._sum), self._sigma, strict=True):
+            leaf.div_(divisor * sigma)
+        return self._sum
+
+
+def contract(directions: Directions, sigma: tuple[float, ...], coefficients: torch.Tensor) -> torch.Tensor:
+    """Return the flat gradient that belongs to coefficients of shape (N, slices)."""
+    mean = WeightedMean(directions, sigma)
+    mean.add(coefficients)
+    return mean.result()
+
+
+def project(directions: Directions, sigma: tuple[float, ...], vector: torch.Tensor) -> torch.Tensor:
+    """Return the transpose of :func:`contract`: ``eps_i . vector / (N sigma)``, float64 of shape (N, slices)."""
+    space, family = directions.space, directions.distribution
+    leaves = zip(space.split(vector), sigma, strict=True)
+    scaled = space.join(tuple(leaf / radius for leaf, radius in leaves))
+    with space.full_precision():
+        dots = [family.dot(space, directions.noise(lo, hi), scaled) for lo, hi in directions.blocks()]
+    return torch.cat(dots)[: len(directions)].double() * (family.scale(space) / len(directions))

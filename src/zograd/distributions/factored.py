@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from zograd._base.execution import full_precision
 from zograd._base.trees import take_apart
 
 
@@ -45,7 +44,7 @@ class Factored(torch.Tensor):
         if self._of is not None:
             return self._of.sum_of_parts().t()
         if self._sum is None:
-            with full_precision(self.weight.device):
+            with torch.autocast(self.weight.device.type, enabled=False):
                 change = (self.left @ self.right.t()).view(self.weight.shape)
                 self._sum = (self.weight + change).to(self.weight.dtype)
         return self._sum
@@ -163,7 +162,7 @@ def _embedding(
     if not _matrix(weight) or max_norm is not None:
         return NotImplemented
     left, right = weight.thin()
-    with full_precision(weight.weight.device):  # as torch's own, which has no product to be cast
+    with torch.autocast(weight.weight.device.type, enabled=False):  # as torch's own, which has no product to be cast
         return _added(F.embedding(input, weight.weight, padding_idx), F.embedding(input, left), right)
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 
 from zograd._base import checks
-from zograd._base.execution import full_precision
 from zograd.distributions.base import Noise, Tiled
 from zograd.distributions.factored import Factored
 from zograd.errors import ZeroOrderWarning
@@ -119,7 +118,7 @@ class LowRank(Tiled):
             left, right = next(pieces), next(pieces)
             shape = (*left.shape[:-2], *param.shape)
             weight = param.to(space.dtype).reshape(leaf.out, leaf.rest)
-            moved = _moved(weight, left, right, s / math.sqrt(self.rank))
+            moved = _moved(space, weight, left, right, s / math.sqrt(self.rank))
             out.append(moved.view(shape).to(param.dtype))
         return tuple(out)
 
@@ -172,10 +171,10 @@ class LowRank(Tiled):
         return total
 
 
-def _moved(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+def _moved(space: Space, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     if left.shape[-1] == 1:
         return torch.addcmul(weight, left, right.mT, value=scale)
-    with full_precision(weight.device):
+    with space.full_precision():
         if left.dim() == 2:
             return torch.addmm(weight, left, right.t(), alpha=scale)
         return torch.baddbmm(weight.expand(left.shape[0], -1, -1), left, right.mT, alpha=scale)

@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zograd.distributions.directions import Directions
-from zograd.distributions.sums import WeightedMean, contract, one_per_slice
-from zograd.estimate.checks import (
+from zograd._base.trees import one_per_slice
+from zograd.distributions.directions import Directions, WeightedMean, contract
+from zograd.estimate.result import Estimate
+from zograd.estimate.settings import (
     check_center,
     check_coefficients,
     check_gradient,
     check_survivors,
-    warn_below_resolution,
+    combine,
+    finite_rows,
+    survivors,
     warn_of_dropped,
 )
-from zograd.estimate.result import Estimate
-from zograd.estimate.settings import finite_rows
 from zograd.estimate.statistics import Groups, spread
 from zograd.estimate.surrogate import control_variate
-from zograd.evaluators.task.points import Points
-from zograd.failures import dropping
+from zograd.evaluators.task.points import Points, warn_below_resolution
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -73,20 +73,20 @@ def estimate(
     points = Points(params, directions, s.sigma, s.scheme.sides)  # theta + sigma * c_j * eps_i
     with objective.estimating(seed, shared=s.scheme.uses_center):
         center, value = objective.take_center(s.evaluator.center(objective, points), points)
-        check_center(center, space, s.shaping, s.until, objective.name)
+        check_center(s, center, space, objective)
         scalar = center.numel() == space.slices  # one value, or one a slice
-        mean, values, coefficients = WeightedMean(directions, s.sigma), [], []
+        mean, values, coefficients, num = WeightedMean(directions, s.sigma), [], [], 0
         for piece in _arriving(s, objective, points, center):  # values_ij = fn(points_ij)
             values.append(piece)
-            coefficients.append(s.combine(piece, center))  # sum_j w_j * values_ij
+            num += piece.shape[0]
+            coefficients.append(combine(s, piece, center))  # sum_j w_j * values_ij
             if scalar:
                 mean.add(coefficients[-1])
-        num = sum(map(len, values))
         gradient = mean.result(num) if scalar else None  # mean_i coeff_i * eps_i / sigma
         made = Estimate(
             value=value,
-            values=_joined(values),
-            coefficients=_joined(coefficients),
+            values=values[0] if len(values) == 1 else torch.cat(values),
+            coefficients=coefficients[0] if len(values) == 1 else torch.cat(coefficients),
             directions=directions.first(num),
             settings=s,
             evaluations=objective.evaluations,
@@ -102,23 +102,23 @@ def estimate(
     return made
 
 
-def _joined(pieces: list[torch.Tensor]) -> torch.Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
 def _arriving(s: Settings, objective: Objective, points: Points, center: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield float64 values (directions, offsets, *out): as they come, or together if coefficients need all of them."""
     pieces = _rounds(s, objective, points, center) if s.until else _values(s, objective, points)
-    if not s.needs_all:
-        yield from pieces
-        return
-    drop, kept, lost = dropping(s.failures), [], 0
+    return pieces if s.shaping is None and s.policy.drop is None else _together(s, objective, points, pieces)
+
+
+def _together(
+    s: Settings, objective: Objective, points: Points, pieces: Iterator[torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Yield all values in one piece, the number of dropped directions looked at as they come."""
+    drop, kept, lost = s.policy.drop, [], 0
     for piece in pieces:
         kept.append(piece)
         if drop is not None:
             lost += int((~finite_rows(piece)).sum())
             check_survivors(drop, lost, len(points.directions), objective.name)
-    values = _joined(kept)
+    values = kept[0] if len(kept) == 1 else torch.cat(kept)  # a shaping's bits depend on the layout
     if drop is not None and lost:
         check_survivors(drop, lost, len(values), objective.name)
         warn_of_dropped(lost, len(values), objective.name)
@@ -139,9 +139,9 @@ def _rounds(s: Settings, objective: Objective, points: Points, center: torch.Ten
             yield piece
         if hi == until.bound:
             return
-        values, some = _joined(seen), directions.first(hi)
-        rows = one_per_slice(s.combine(values, center), directions.space)
-        groups = Groups(some, s.sigma, s.survivors(values))
+        values, some = torch.cat(seen), directions.first(hi)
+        rows = one_per_slice(combine(s, values, center), directions.space)
+        groups = Groups(some, s.sigma, survivors(s.policy, values))
         snr = spread(groups, rows, contract(some, s.sigma, rows)).snr if groups.count > 1 else 0.0
         if snr >= until.snr:
             return
@@ -154,11 +154,11 @@ def _values(
     """Yield the evaluator's values, checked to be whole and in shape."""
     answers: Iterator[Answer] = iter(s.evaluator.values(objective, points, lo, hi))
     wanted = (len(points.offsets), *objective.shape)
-    seen, stop = lo, len(points.directions) if hi is None else hi
+    seen, stop = lo, points.directions.num if hi is None else hi
     try:
         for answer in answers:
             piece = objective.take(answer, points)
-            seen += len(piece)
+            seen += piece.shape[0]
             if tuple(piece.shape[1:]) != wanted or seen > stop:
                 raise ValueError(
                     f"the evaluator must yield {stop - lo} directions of values of shape {wanted}, got a piece of "

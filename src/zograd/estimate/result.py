@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zograd._base.trees import same_structure, take_apart
-from zograd.distributions.sums import by_slice, contract, one_per_slice, project, weigh
+from zograd._base.trees import by_slice, one_per_slice, same_structure, take_apart, weigh
+from zograd.distributions.directions import contract, project
 from zograd.errors import SecondDerivativeError
-from zograd.estimate.checks import check_gradient
 from zograd.estimate.second_order import differences, hessian_product, refused
-from zograd.estimate.settings import Settings, among_all
+from zograd.estimate.settings import Settings, among_all, check_gradient, combine, survivors
 from zograd.estimate.statistics import ErrorBars, Groups, HasErrorBars, compared, spread
 from zograd.shaping import centered_ranks, leave_one_out, standardize
 
@@ -193,7 +192,7 @@ class Estimate:
     @cached_property
     def alive(self) -> torch.Tensor | None:
         """A mask of the directions that were not dropped; None if that is all of them."""
-        alive = self.settings.survivors(self.values)
+        alive = survivors(self.settings.policy, self.values)
         return None if alive is None else alive.cpu()
 
     def standard_error(self) -> Any:
@@ -305,7 +304,7 @@ class Estimate:
                 "to be compared with: `num_samples` must be at least 4 here."
             )
         rows = torch.zeros(len(kept), 1, dtype=torch.float64)
-        rows[kept, 0] = self.settings.combine(self.values[kept.to(self.values.device)], self.center).cpu()
+        rows[kept, 0] = combine(self.settings, self.values[kept.to(self.values.device)], self.center).cpu()
         return rows
 
     def _tree(self, flat: torch.Tensor) -> Any:

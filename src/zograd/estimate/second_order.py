@@ -62,7 +62,7 @@ def hessian_product(
         sigma: the smoothing radius of each leaf.
         weights: the second differences, of shape (N, slices).
         vector: flat, of shape (size,).
-        contract: makes a flat gradient of coefficients (N, slices), see :func:`zograd.distributions.sums.contract`.
+        contract: makes a flat gradient of coefficients (N, slices), as ``directions.contract`` does.
         project: its transpose.
 
     Returns:

@@ -1,23 +1,25 @@
-"""What an estimate is made of, and the coefficients that it makes of values."""
+"""What an estimate is made of, what it makes of values, and what no right number comes from."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zograd.errors import NonFiniteError
+from zograd.errors import EvaluationError, NonFiniteError, ZeroOrderWarning
 from zograd.evaluators.task.objective import all_finite
-from zograd.failures import dropping
+from zograd.failures import RAISE, Drop, Policy
 from zograd.shaping import leave_one_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from zograd._base.trees import Space
     from zograd.distributions.base import Distribution
     from zograd.evaluators.base import Evaluator
-    from zograd.failures import Failures
+    from zograd.evaluators.task.objective import Objective
     from zograd.sampling import Until
     from zograd.schemes import Scheme
     from zograd.shaping import Shaping
@@ -34,7 +36,7 @@ class Settings:
         sigma: the smoothing radius of each differentiated leaf.
         evaluator: how ``fn`` is called on points.
         shaping: what is done to the values first.
-        failures: what a failed evaluation means.
+        policy: what a failed evaluation means.
         surrogate: a differentiable approximation of ``fn``.
         until: when to stop before ``num_samples``.
         first_only: why the estimate has no second derivative, whatever the other settings are.
@@ -46,7 +48,7 @@ class Settings:
     sigma: tuple[float, ...]
     evaluator: Evaluator
     shaping: Shaping | None = None
-    failures: Failures = "raise"
+    policy: Policy = RAISE
     surrogate: Callable[..., Any] | None = None
     until: Until | None = None
     first_only: str | None = None
@@ -55,11 +57,6 @@ class Settings:
     def evaluations(self) -> int:
         """Points of an estimate, the center included."""
         return 1 + self.num_samples * len(self.scheme.sides)
-
-    @property
-    def needs_all(self) -> bool:
-        """Whether the first coefficient needs all values."""
-        return bool(self.shaping or self.until or dropping(self.failures))
 
     def no_second(self, *, scalar: bool) -> str | None:
         """Return why the estimates have no second derivative, with the way out, or None if they have one."""
@@ -78,43 +75,47 @@ class Settings:
             )
         return None
 
-    def combine(self, values: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
-        r"""Return the coefficients :math:`a_i = \sum_j w_j f_{ij}`, of the values as the shaping makes them.
 
-        Those of dropped directions are zero, and the others such that the mean over all directions is that over the
-        survivors.
+def combine(settings: Settings, values: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+    r"""Return the coefficients :math:`a_i = \sum_j w_j f_{ij}`, of the values as the shaping makes them.
 
-        Args:
-            values: float64, of shape (directions, offsets, *out).
-            center: the value at the center, of shape ``out``.
+    Those of dropped directions are zero, and the others such that the mean over all directions is that over the
+    survivors.
 
-        Returns:
-            float64, of shape (directions, *out).
-        """
-        alive = self.survivors(values)
-        rows = values if alive is None else values[alive]
-        made = self._shaped(rows, center) if self.shaping else self.scheme.combine(rows, center)
-        return made if alive is None else among_all(made, alive)
+    Args:
+        settings: what the estimate is made of.
+        values: float64, of shape (directions, offsets, *out).
+        center: the value at the center, of shape ``out``.
 
-    def survivors(self, values: torch.Tensor) -> torch.Tensor | None:
-        """Return a mask of the directions that were not dropped; None if that is all of them."""
-        if dropping(self.failures) is None:
-            return None
-        alive = finite_rows(values)
-        return None if bool(alive.all()) else alive
+    Returns:
+        float64, of shape (directions, *out).
+    """
+    alive = survivors(settings.policy, values)
+    rows = values if alive is None else values[alive]
+    made = _shaped(settings, rows, center) if settings.shaping else settings.scheme.combine(rows, center)
+    return made if alive is None else among_all(made, alive)
 
-    def _shaped(self, values: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
-        assert self.shaping is not None
-        baseline = center if self.scheme.uses_center else torch.zeros_like(center)
-        shaped = self.shaping(values - baseline)
-        if not isinstance(shaped, torch.Tensor) or shaped.shape != values.shape:
-            got = tuple(shaped.shape) if isinstance(shaped, torch.Tensor) else type(shaped).__name__
-            raise ValueError(
-                f"`zero_order(shaping=...)` must keep the shape of the values, {tuple(values.shape)}, got {got}."
-            )
-        if not all_finite(shaped):
-            raise NonFiniteError(f"`zero_order(shaping=...)` made non-finite values of finite ones: {self.shaping}.")
-        return self.scheme.combine(shaped.to(values), torch.zeros_like(center))
+
+def survivors(policy: Policy, values: torch.Tensor) -> torch.Tensor | None:
+    """Return a mask of the directions that were not dropped; None if that is all of them."""
+    if policy.drop is None:
+        return None
+    alive = finite_rows(values)
+    return None if bool(alive.all()) else alive
+
+
+def _shaped(settings: Settings, values: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+    assert settings.shaping is not None
+    baseline = center if settings.scheme.uses_center else torch.zeros_like(center)
+    shaped = settings.shaping(values - baseline)
+    if not isinstance(shaped, torch.Tensor) or shaped.shape != values.shape:
+        got = tuple(shaped.shape) if isinstance(shaped, torch.Tensor) else type(shaped).__name__
+        raise ValueError(
+            f"`zero_order(shaping=...)` must keep the shape of the values, {tuple(values.shape)}, got {got}."
+        )
+    if not all_finite(shaped):
+        raise NonFiniteError(f"`zero_order(shaping=...)` made non-finite values of finite ones: {settings.shaping}.")
+    return settings.scheme.combine(shaped.to(values), torch.zeros_like(center))
 
 
 def finite_rows(values: torch.Tensor) -> torch.Tensor:
@@ -127,3 +128,53 @@ def among_all(rows: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
     out = rows.new_zeros((len(alive), *rows.shape[1:]))
     out[alive] = rows * (len(alive) / len(rows))
     return out
+
+
+def check_center(settings: Settings, center: torch.Tensor, space: Space, objective: Objective) -> None:
+    """Refuse a shape of values that these settings have no gradient of."""
+    shape, until = tuple(center.shape), settings.until
+    if settings.shaping is not None and shape:
+        raise ValueError(
+            f"`zero_order(shaping=...)` is for objectives of one value, got the shape {shape} from {objective.name}."
+        )
+    if until is not None and center.numel() != space.slices:
+        raise ValueError(f"`zero_order(num_samples={until})` is for objectives of one value, got the shape {shape}.")
+    if space.batch_dim is not None and (len(shape) <= space.batch_dim or shape[space.batch_dim] != space.slices):
+        raise ValueError(
+            f"`zero_order(batch_dim={space.batch_dim})`: {objective.name} must return one entry a slice, "
+            f"{space.slices} along dimension {space.batch_dim}, got the shape {shape}."
+        )
+
+
+def check_coefficients(coefficients: torch.Tensor) -> None:
+    """Raise if differences of finite values overflowed."""
+    if not all_finite(coefficients):
+        raise NonFiniteError("differences of the values overflow although the values are finite: scale them down.")
+
+
+def check_gradient(flat: torch.Tensor, cotangent: torch.Tensor | None = None) -> None:
+    """Raise if the gradient overflowed; an infinite cotangent is the caller's own (a GradScaler looks for it)."""
+    if not all_finite(flat) and (cotangent is None or all_finite(cotangent)):
+        raise NonFiniteError(
+            f"the gradient is not finite although the values are: their size, or 1/sigma, overflows {flat.dtype}. "
+            "Scale the values down, or pass float64 tensors."
+        )
+
+
+def check_survivors(drop: Drop, lost: int, num: int, name: str) -> None:
+    """Raise once so many directions are lost that too few can be left."""
+    if num - lost < max(1, drop.min_success * num):
+        raise EvaluationError(
+            f"`Drop(min_success={drop.min_success:g})`: of {num} directions of {name} {lost} failed already, so that "
+            f"fewer than {drop.min_success:.0%} can survive. The estimate was stopped."
+        )
+
+
+def warn_of_dropped(lost: int, num: int, name: str) -> None:
+    """The gradient is there, and who reads it should know of what."""
+    warnings.warn(
+        f"{lost} of {num} directions were dropped since an evaluation of {name} failed; the gradient is the mean over "
+        "the others. It is biased if failure depends on the point: see `zograd.failures.Drop`.",
+        ZeroOrderWarning,
+        stacklevel=2,
+    )

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from zograd._base.execution import full_precision
 from zograd.distributions.base import Dense
-from zograd.distributions.sums import contract
+from zograd.distributions.directions import contract
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -195,7 +194,7 @@ def spread(groups: Groups, weights: torch.Tensor, mean: torch.Tensor) -> ErrorBa
     left = num if groups.alive is None else groups.count
     weights = weights * (left / num)  # without what makes the mean over all directions that over the survivors
     unit = _unit(weights, groups.sigma)
-    with full_precision(mean.device):
+    with groups.directions.space.full_precision():
         for lo, rows in groups.sums((weights / unit).to(mean)):
             deviations = rows - groups.held(lo) * (mean / unit)
             if groups.alive is not None:

@@ -20,7 +20,7 @@ from zograd._base.streams import CENTER
 from zograd.errors import NonFiniteError
 from zograd.estimate.statistics import ErrorBars, Groups
 from zograd.evaluators.base import default_chunk
-from zograd.evaluators.task.objective import function_name
+from zograd.evaluators.task.returned import function_name
 from zograd.evaluators.vmap import Vmap
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,4 +59,6 @@ class Batched(Evaluator, name="batched"):
 
 def _batched(fn: Objective, points: Points, lo: int, hi: int) -> torch.Tensor:
     """Return the values by one call of ``fn`` for each offset."""
-    return fn.batched(points, lo, hi)
+    call = functools.partial(fn.arguments.call, fn.fn)
+    makes = [functools.partial(points.rows, lo, hi, (offset,)) for offset in points.offsets]
+    return torch.stack([fn.together(call, make, lo, hi - lo) for make in makes], dim=1)

@@ -108,7 +108,7 @@ class Distributed(Evaluator):
         values = gather(exchange, Share.one_each(exchange), Outcome.of(evaluate), fn.name, 1)
         assert answer is not None
         fn.judge_center(values[0])
-        return replace(answer, values=values[0].to(answer.device))
+        return replace(answer, values=values[0].to(answer.device or answer.values.device))
 
     def values(self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None) -> Iterator[Answer]:
         """Yield the values of all ranks, once they are there."""

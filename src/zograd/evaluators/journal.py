@@ -25,7 +25,6 @@ from zograd.evaluators.base import Evaluator, as_evaluator
 from zograd.evaluators.journal_file import JournalFile
 from zograd.evaluators.task.answer import Answer
 from zograd.evaluators.task.objective import all_finite
-from zograd.failures import dropping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -138,9 +137,9 @@ class Journal(Evaluator):
                     start += len(answer.values)
                 yield answer
         finally:
-            fn.arrived = None
             if isinstance(answers, Generator):
-                answers.close()
+                answers.close()  # it may yet be told of values that were under way
+            fn.arrived = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: part for name, part in self.__dict__.items() if name != "_estimates"}
@@ -177,7 +176,7 @@ class _Recorded:
         self._rows = file.read(key)
         self._pending: dict[int, bytes] = {}  # not finite: of use only if the estimate comes to its end
         self.center: bytes | None = self._rows.pop(CENTER, None)
-        if dropping(fn.policy) is None:  # what another policy gave up, this one has to evaluate
+        if fn.policy.drop is None:  # what another policy gave up, this one has to evaluate
             self._rows = {point: data for point, data in self._rows.items() if all_finite(from_bytes(data))}
 
     # ------------------------------------------------------------------------------------------ what is in the file
@@ -232,7 +231,7 @@ class _Recorded:
         told = {
             "shape": list(answer.values.shape),
             "dtype": str(answer.dtype).removeprefix("torch."),
-            "device": str(answer.device),
+            "device": str(answer.device or answer.values.device),
             "differentiates": answer.report.facts.differentiates,
         }
         self._keep({CENTER: json.dumps(told).encode() + b"\0" + to_bytes(answer.values)}, finite=True)

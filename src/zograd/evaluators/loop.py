@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from zograd._base import checks
 from zograd.evaluators.base import Evaluator
-from zograd.failures import dropping
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,5 +42,5 @@ class Loop(Evaluator, name="loop"):
     def values(self, fn: Objective, points: Points, lo: int = 0, hi: int | None = None) -> Iterator[Answer]:
         """Evaluate block by block, and direction by direction if a policy drops some: it may have to stop early."""
         points.directions.prefetch = self.prefetch
-        chunk = points.directions.block if dropping(fn.policy) is None else 1
+        chunk = points.directions.block if fn.policy.drop is None else 1
         return (fn.evaluate(points, start, stop) for start, stop in points.spans(chunk, lo, hi))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 
 from zograd._base import checks
+from zograd.distributions.factored import dense
 from zograd.evaluators.base import Evaluator, default_chunk, fitting_rows
+from zograd.evaluators.task.returned import as_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from zograd._base.trees import Leaves
     from zograd.evaluators.task.answer import Answer
     from zograd.evaluators.task.objective import Objective
     from zograd.evaluators.task.points import Points
@@ -59,11 +63,11 @@ def _vectorized(fn: Objective, points: Points, lo: int, hi: int) -> torch.Tensor
     offsets = points.offsets
     try:
         if (fn.shared or not fn.facts.draws) and len(offsets) * (hi - lo) <= fitting_rows(points):
-            values = fn.vectorized(points, lo, hi, offsets, "same" if fn.shared else "error")
+            values = in_one_call(fn, points, lo, hi, offsets, "same" if fn.shared else "error")
             if values is not None:
                 return values
         randomness = "same" if fn.shared else "different"
-        columns = [fn.vectorized(points, lo, hi, (offset,), randomness) for offset in offsets]
+        columns = [in_one_call(fn, points, lo, hi, (offset,), randomness) for offset in offsets]
     except RuntimeError as error:
         if not _concerns_vmap(error):
             raise
@@ -72,6 +76,28 @@ def _vectorized(fn: Objective, points: Points, lo: int, hi: int) -> torch.Tensor
             f"by point. torch said: {error}"
         ) from error
     return torch.cat([column for column in columns if column is not None], dim=1)
+
+
+def in_one_call(
+    fn: Objective, points: Points, lo: int, hi: int, offsets: tuple[float, ...], randomness: str
+) -> torch.Tensor | None:
+    """Return the values of directions ``lo`` to ``hi`` at some offsets; None if ``fn`` drew although it must not."""
+
+    # The check for a tensor comes inside: vmap has its own words for anything else.
+    def one(row: Leaves) -> torch.Tensor:
+        return as_tensor(dense(fn.arguments.call(fn.fn, points.of_factors(row))), fn.name)
+
+    num = (hi - lo) * len(offsets)
+    make = functools.partial(points.factors, lo, hi, offsets)
+    try:
+        by_offset = fn.together(torch.vmap(one, randomness=randomness), make, lo, num, vmapped=True)
+    except RuntimeError as error:
+        if randomness != "error" or "randomness error mode" not in str(error):
+            raise
+        fn.facts.draws = True
+        fn.count(-num)
+        return None
+    return by_offset.view(len(offsets), hi - lo, *fn.shape).transpose(0, 1)
 
 
 def _concerns_vmap(error: RuntimeError) -> bool:

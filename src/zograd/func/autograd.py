@@ -8,8 +8,8 @@ made from the same values, which is how second derivatives come about.
 
 from __future__ import annotations
 
-import copy
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,12 +26,12 @@ from zograd._base.torch_private import (
     transform_depth,
     transforms_active,
 )
-from zograd._base.trees import Space
-from zograd.distributions.sums import by_slice, contract, from_slices, one_per_slice, project, weigh
+from zograd._base.trees import Space, by_slice, from_slices, one_per_slice, weigh
+from zograd.distributions.directions import contract, project
 from zograd.errors import SecondDerivativeError
-from zograd.estimate.checks import check_gradient
 from zograd.estimate.result import Estimate
 from zograd.estimate.second_order import hessian_product, refused
+from zograd.estimate.settings import check_gradient
 
 Make = Callable[[Sequence[torch.Tensor]], Estimate]
 
@@ -71,24 +71,21 @@ class _Call:
     chosen: tuple[int, ...]
     depth: int  # of torch.func transforms; under them a tensor tells which estimate a derivative is of
     made: list[Estimate] = field(default_factory=list)
+    space: Space = field(init=False)  # the layout of the leaves
 
     def estimate(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make an estimate, and keep it without its gradient and directions: autograd holds the one, a seed the other.
+        """Make an estimate, and keep it without its gradient, which autograd holds.
 
         Returns:
             The value, and what backward contracts.
         """
         with random_allowed():
             made = self.make(tensors)
-        kept = copy.copy(made)
-        kept.flat, kept.directions = None, kept.directions.again()
+        self.space = made.directions.space
+        kept = Estimate.__new__(Estimate)
+        kept.__dict__.update(made.__dict__, flat=None)
         self.made.append(kept)
         return made.value, made.coefficients if made.flat is None else made.flat
-
-    @property
-    def space(self) -> Space:
-        """The layout of the leaves."""
-        return self.made[0].directions.space
 
 
 class _ZeroOrder(torch.autograd.Function):
@@ -146,6 +143,11 @@ class _ZeroOrder(torch.autograd.Function):
         return stacked, (0,) * len(stacked)
 
 
+# torch asks for the signature in each call: to look it up anew is 6 % of the smallest estimate.
+_ZeroOrder.forward.__signature__ = inspect.signature(_ZeroOrder.forward)  # type: ignore[attr-defined]
+
+
+@dataclass
 class _Payload:
     """What an estimate leaves for autograd, and the derivatives of its value and of itself made from that.
 
@@ -155,22 +157,19 @@ class _Payload:
         number: which estimate of the call.
     """
 
-    def __init__(self, call: _Call, main: torch.Tensor, number: torch.Tensor | None = None) -> None:
-        self.call = call
-        self.space: Space = call.space
-        self.main = main
-        self.scalar: bool = main.dim() == 1
-        self._number = number
+    call: _Call
+    main: torch.Tensor
+    _number: torch.Tensor | None = None
 
     @property
     def refusal(self) -> str | None:
         """Why the payload has no derivative, or None if it has one."""
-        return self.call.made[0].settings.no_second(scalar=self.scalar)
+        return self.call.made[0].settings.no_second(scalar=self.main.dim() == 1)
 
     def pull_back(self, cotangent: torch.Tensor) -> torch.Tensor:
         """Return cotangent times Jacobian, flat."""
-        main, space = self._guarded(), self.space
-        if not self.scalar:
+        main, space = self._guarded(), self.call.space
+        if main.dim() > 1:
             return self._sum(weigh(main, cotangent, space))
         if cotangent.dim() == 0:
             return main * cotangent
@@ -179,16 +178,16 @@ class _Payload:
 
     def push_forward(self, vector: torch.Tensor) -> torch.Tensor:
         """Return Jacobian times tangent."""
-        main, space = self._guarded(), self.space
-        if self.scalar:
+        main, space = self._guarded(), self.call.space
+        if self.main.dim() == 1:
             return (main.view(space.slices, space.dim) * vector.view(space.slices, space.dim)).sum(dim=1)
         columns = (by_slice(main, space, 1) * self._project(vector).unsqueeze(2)).sum(dim=0)
         return from_slices(columns, main.shape[1:], space, 0)
 
     def curve(self, cotangent: torch.Tensor) -> torch.Tensor:
         """Return cotangent times the derivative of the payload, flat: the Hessian's product with it."""
-        h, space = self._differences(), self.space
-        if not self.scalar:
+        h, space = self._differences(), self.call.space
+        if self.main.dim() > 1:
             rows = by_slice(cotangent, space, 1) * by_slice(h, space, 1)
             return self._sum(rows.sum(dim=2) * h.shape[0])
         sigma = self.call.made[0].sigma
@@ -198,18 +197,18 @@ class _Payload:
         """Return the derivative of the payload along a tangent."""
         if self.refusal:
             return torch.zeros_like(self.main)  # whoever uses it meets the guard first
-        if self.scalar:
+        if self.main.dim() == 1:
             return self.curve(vector)
         dots = self._project(vector)
         dots = dots * dots.shape[0]
-        rows = by_slice(self._differences(), self.space, 1) * dots.unsqueeze(2)
-        return from_slices(rows, self.main.shape[1:], self.space, 1)
+        rows = by_slice(self._differences(), self.call.space, 1) * dots.unsqueeze(2)
+        return from_slices(rows, self.main.shape[1:], self.call.space, 1)
 
     def join(self, tangents: list[torch.Tensor | None]) -> torch.Tensor:
         """Return the tangents of the leaves as one vector, zero where there is none."""
-        like, shapes = next((t for t in tangents if t is not None), self.main), self.space.shapes
+        like, shapes = next((t for t in tangents if t is not None), self.main), self.call.space.shapes
         leaves = (like.new_zeros(shape) if t is None else t for t, shape in zip(tangents, shapes, strict=True))
-        return self.space.join(tuple(leaves))
+        return self.call.space.join(tuple(leaves))
 
     def _guarded(self) -> torch.Tensor:
         """Return the payload, so that a derivative that it has not is an error: else it would be zero."""

@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zograd._base.trees import sigma_per_leaf, unsupported
+from zograd._base.trees import unsupported
 from zograd.errors import ZeroOrderWarning
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from zograd._base.trees import Arguments
-    from zograd.func.options import Options
 
-
-def check_leaves(params: Sequence[torch.Tensor], options: Options) -> None:
-    """Refuse differentiated tensors that no point can be made of."""
-    typed = f"`{options.call}(argnums={options.argnums})`"
+def refuse(params: Sequence[torch.Tensor], call: str, argnums: tuple[int, ...], batch_dim: int | None) -> None:
+    """Say why no point can be made of some differentiated tensors, if that is so."""
+    typed = f"`{call}(argnums={argnums})`"
     for p in params:
         kind = unsupported(p)
         if kind:
@@ -35,8 +32,8 @@ def check_leaves(params: Sequence[torch.Tensor], options: Options) -> None:
         raise ValueError(
             f"{typed}: the differentiated tensors have no elements, got shapes {[tuple(p.shape) for p in params]}."
         )
-    if options.batch_dim is not None:
-        _check_slices(params, options.batch_dim, options.call)
+    if batch_dim is not None:
+        _check_slices(params, batch_dim, call)
 
 
 def _check_slices(params: Sequence[torch.Tensor], batch_dim: int, call: str) -> None:
@@ -45,13 +42,6 @@ def _check_slices(params: Sequence[torch.Tensor], batch_dim: int, call: str) -> 
         raise ValueError(f"{typed}: every differentiated tensor must have that dimension, got shapes {shapes}.")
     if len({p.shape[batch_dim] for p in params}) > 1:
         raise ValueError(f"{typed}: differentiated tensors must have equally many slices, got shapes {shapes}.")
-
-
-def lost_gradient(arguments: Arguments) -> torch.Size | None:
-    """The shape of a tensor that requires grad and gets none, being in no differentiated argument."""
-    ours = {i for span in arguments.form.spans for i in span}
-    others = (x for i, x in enumerate(arguments.leaves) if i not in ours and isinstance(x, torch.Tensor))
-    return next((x.shape for x in others if x.requires_grad), None)
 
 
 def warn_of_lost_gradients(shape: torch.Size, typed: str, *, module: bool) -> None:
@@ -82,11 +72,3 @@ def instead(argnums: tuple[int | str, ...], args: tuple[Any, ...], kwargs: dict[
     if isinstance(found, (float, int)) or (hasattr(found, "__array__") and not isinstance(found, torch.Tensor)):
         return f"{got}: pass `torch.tensor(...)` of it, in floating point, with `requires_grad=True` for `backward()`"
     return f"{got} of {found.dtype}" if isinstance(found, torch.Tensor) else got
-
-
-def radii(sigma: Any, arguments: Arguments, chosen: Sequence[int], *, several: bool) -> tuple[float, ...]:
-    """Return the smoothing radius of each of the chosen leaves."""
-    if isinstance(sigma, (int, float)):
-        return (float(sigma),) * len(chosen)
-    of_leaf = dict(zip(arguments.chosen, sigma_per_leaf(sigma, arguments, several=several), strict=True))
-    return tuple([of_leaf[i] for i in chosen])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from zograd._base.trees import numbers
 from zograd.distributions.adapter import adapt
 from zograd.estimate.surrogate import refusal
 from zograd.evaluators import EVALUATORS, Evaluator
-from zograd.failures import Drop, Retry, dropping
+from zograd.failures import Drop, Policy, Retry
 from zograd.sampling import Until
 from zograd.schemes import SCHEMES, Scheme
 from zograd.shaping import centered_ranks, check_shaping, leave_one_out, standardize
@@ -97,6 +98,11 @@ class Options:
                 raise TypeError(f"`{self.call}` has no setting `{name}`; it has {', '.join(settings)}.")
         return self.make(self.call, **{**settings, **changes})
 
+    @cached_property
+    def policy(self) -> Policy:
+        """What ``failures`` comes down to."""
+        return Policy.of(self.failures)
+
     def state_dict(self) -> dict[str, Any]:
         """Where the generator stands, as plain numbers: empty without one."""
         if self.generator is None:
@@ -150,13 +156,13 @@ class Options:
                 f"`{self.call}(surrogate=..., num_samples={self.num_samples})`: the surrogate's factor is fitted to "
                 "all directions at once: give a number."
             )
-        if isinstance(self.num_samples, Until) and dropping(self.failures) and not self.distribution.independent:
+        if isinstance(self.num_samples, Until) and self.policy.drop and not self.distribution.independent:
             raise ValueError(
                 f"`{self.call}({self.distribution}, num_samples={self.num_samples}, failures={self.failures})`: the "
                 "directions depend on each other, so that what is left of them where some are dropped does not tell "
                 "the noise. Use `Gaussian()`, or `Retry`."
             )
-        if self.surrogate is not None and dropping(self.failures) is not None:
+        if self.surrogate is not None and self.policy.drop is not None:
             raise ValueError(
                 f"`{self.call}(surrogate=..., failures={self.failures})`: the halves of the directions that a "
                 "surrogate compares must be whole: use `Retry`, or no surrogate."

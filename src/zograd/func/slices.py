@@ -9,7 +9,7 @@ import torch
 
 from zograd._base.streams import TorchStream, plain_call
 from zograd._base.trees import Arguments, flatten
-from zograd.evaluators.task.objective import as_tensor, function_name
+from zograd.evaluators.task.returned import as_tensor, function_name
 from zograd.func.options import Options
 
 if TYPE_CHECKING:

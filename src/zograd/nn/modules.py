@@ -13,7 +13,7 @@ from zograd._base.streams import plain_call
 from zograd.distributions.adapter import Sampled
 from zograd.distributions.gaussian import Gaussian
 from zograd.evaluators.task.answer import Facts
-from zograd.func.decorator import ZeroOrderFunction, any_tensor
+from zograd.func.function import ZeroOrderFunction, any_tensor
 from zograd.func.options import Options
 
 if TYPE_CHECKING:

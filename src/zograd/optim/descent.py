@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zograd._base.execution import full_precision
-from zograd.distributions.sums import contract
+from zograd.distributions.directions import contract
 
 if TYPE_CHECKING:
     from zograd._base.trees import Leaves
@@ -20,7 +19,7 @@ def update(params: Leaves, groups: list[Group], directions: Directions, coeffici
     """One step of gradient descent on the estimate, leaf by leaf and run by run."""
     settings = [group for group in groups for _ in group.trained]
     chosen = [params[i] for group in groups for i in group.trained]
-    with full_precision(directions.space.device):
+    with directions.space.full_precision():
         gradient = _gradient(directions, coefficients, tuple(group.sigma for group in settings))
         for k, (param, group) in enumerate(zip(chosen, settings, strict=True)):
             if group.lr == 0:

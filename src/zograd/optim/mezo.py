@@ -14,8 +14,9 @@ from zograd._base.trees import Leaves, Space, unsupported
 from zograd.distributions.adapter import adapt
 from zograd.distributions.directions import Directions
 from zograd.errors import NonFiniteError, ReplayError
-from zograd.estimate.checks import check_radii, warn_below_resolution
-from zograd.evaluators.task.objective import as_tensor, wants_grad
+from zograd.evaluators.task.objective import wants_grad
+from zograd.evaluators.task.points import check_radii, warn_below_resolution
+from zograd.evaluators.task.returned import as_tensor
 from zograd.optim.descent import update
 from zograd.optim.overlay import Overlay
 from zograd.optim.records import Group, Records, append
@@ -197,8 +198,8 @@ class MeZO(torch.optim.Optimizer):
             )
         dtype = directions.space.dtype
         values = _evaluate(closure, chosen, directions, sigma, len(self.records), running)
-        kept = torch.tensor([ANTITHETIC.difference(row, 0.0) for row in values], dtype=dtype)
-        coefficients: list[float] = kept.tolist()
+        sides = torch.tensor(values, dtype=torch.float64)
+        coefficients: list[float] = ANTITHETIC.combine(sides, torch.zeros((), dtype=torch.float64)).to(dtype).tolist()
         if not all(map(math.isfinite, coefficients)):
             raise NonFiniteError(
                 f"`MeZO.step(closure)`: the closure's values, up to {max(abs(v) for row in values for v in row):.3g}, "
@@ -206,7 +207,7 @@ class MeZO(torch.optim.Optimizer):
             )
         update(params, groups, directions, coefficients)
         append(self.records, directions.seed, coefficients, groups, params)
-        return torch.tensor(values, dtype=torch.float64).mean().to(dtype)
+        return sides.mean().to(dtype)
 
     def _params(self) -> Leaves:
         return tuple(p for group in self.param_groups for p in group["params"])

@@ -12,7 +12,7 @@ from zograd._base import checks
 from zograd._base.streams import derive, draw_seed
 from zograd._base.trees import take_apart
 from zograd.evaluators.task.answer import Facts
-from zograd.evaluators.task.objective import function_name
+from zograd.evaluators.task.returned import function_name
 from zograd.func.autograd import attach
 from zograd.func.options import Options
 from zograd.sampling import Until

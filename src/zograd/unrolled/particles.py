@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,8 @@ from zograd.errors import NonFiniteError
 from zograd.evaluators.task.points import Points
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from zograd._base.trees import Leaves
     from zograd.evaluators.base import Evaluator
     from zograd.evaluators.task.objective import Objective
@@ -82,9 +83,13 @@ class Particles(Points):
         columns = [self._at(slice(lo, hi), c) for c in offsets]
         return tuple(map(torch.cat, zip(*columns, strict=True)))
 
-    def factors(self, lo: int, hi: int, offsets: tuple[float, ...]) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
+    def factors(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Leaves:
         """Return the rows themselves: sums of directions have no factors to share."""
-        return self.rows(lo, hi, offsets), lambda row: row
+        return self.rows(lo, hi, offsets)
+
+    def of_factors(self, row: Leaves) -> Leaves:
+        """Return the row itself."""
+        return row
 
     def _at(self, i: int | slice, offset: float) -> Leaves:
         j, space = SIDES.index(offset), self.directions.space

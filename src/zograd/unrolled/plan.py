@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from zograd._base.execution import full_precision
 from zograd._base.trees import Arguments, Leaves, Space, flatten, sigma_per_leaf, unsupported
 from zograd.distributions.directions import Directions
 from zograd.errors import ZeroOrderWarning
-from zograd.estimate.checks import check_gradient, check_radii, warn_below_resolution
 from zograd.estimate.result import Estimate
-from zograd.estimate.settings import Settings
+from zograd.estimate.settings import Settings, check_gradient
 from zograd.evaluators.task.answer import Facts
 from zograd.evaluators.task.objective import Objective
+from zograd.evaluators.task.points import check_radii, warn_below_resolution
 from zograd.func.autograd import is_tracked
 from zograd.tracking import RunningEstimate
 from zograd.unrolled.particles import SIDES, Particles, Values, draw, evaluate
@@ -129,7 +128,9 @@ class Run:
                 evaluations = objective.evaluations
                 running.finish(self._seed, value.item(), flat.norm().item(), evaluations=evaluations, failures=0)
         losses = values.losses
-        return Estimate(value, losses, losses, directions, settings, objective.evaluations, 0, flat, values.loss)
+        return Estimate(
+            value, losses, losses, directions.again(), settings, objective.evaluations, 0, flat, values.loss
+        )
 
     def _directions(self, seed: int) -> Directions:
         settings = self.setup.settings
@@ -151,7 +152,7 @@ class Run:
         space, settings = self.setup.space, self.setup.settings
         half = torch.stack([losses[:, 0] - losses[:, 1], losses[:, 0] + losses[:, 1]]).to(space.dtype) / 2
         plus, minus = self.weights.unbind(1)
-        with full_precision(space.device):
+        with space.full_precision():
             flat = torch.mv((plus - minus).t(), half[0])
             together = plus + minus
             if together.any():  # pairs of which one side has begun anew; in all others the mean cancels

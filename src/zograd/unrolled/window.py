@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from zograd._base.trees import Leaves, same_structure, take_apart
-from zograd.evaluators.task.objective import as_tensor
+from zograd.evaluators.task.returned import as_tensor
 
 
 @dataclass(frozen=True)

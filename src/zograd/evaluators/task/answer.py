@@ -40,10 +40,9 @@ class Report:
         retries: those that were repeated because they had failed.
         failures: those that failed and were dealt with by a policy.
         facts: what is known about ``fn`` afterwards.
-        worker: the process and thread that evaluated, in which case nobody has counted these evaluations yet; None for
-            the process of the estimate.
+        worker: the process and thread that evaluated; None for the objective's own.
         proof: with a worker's first answer, its version of torch and a digest of its first point.
-        counted: whether the estimate has added it up.
+        counted: whether the estimate's objective has added it up.
     """
 
     evaluations: int = 0
@@ -64,21 +63,19 @@ class Answer:
         report: what the evaluations cost and showed.
         error: why there are no values; an answer with an error may be handed on before all others.
         dtype: that of the center's value as ``fn`` returned it.
-        device: where ``fn`` returned the values.
+        device: where ``fn`` returned the values, if they are not there.
     """
 
     values: torch.Tensor
     report: Report = field(default_factory=Report)
     error: BaseException | None = None
     dtype: torch.dtype = torch.float64
-    device: torch.device = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.device = self.values.device
+    device: torch.device | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         error = None if self.error is None else packed_error(self.error)
-        return {**self.__dict__, "values": (to_bytes(self.values), tuple(self.values.shape)), "error": error}
+        values, device = (to_bytes(self.values), tuple(self.values.shape)), self.device or self.values.device
+        return {**self.__dict__, "values": values, "device": device, "error": error}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         error = None if state["error"] is None else unpacked_error(state["error"])

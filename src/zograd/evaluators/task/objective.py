@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
@@ -18,20 +18,20 @@ from torch.overrides import TorchFunctionMode
 
 from zograd._base.digest import Digest
 from zograd._base.execution import Modes
-from zograd._base.isolation import center_of, commit
+from zograd._base.isolation import ModuleFunction
 from zograd._base.streams import CENTER, FnStream
 from zograd._base.torch_private import transforms_active
-from zograd.distributions.factored import dense
-from zograd.errors import DeterminismError, EvaluationError, NonFiniteError, WorkerError
+from zograd.errors import DeterminismError, EvaluationError, WorkerError
 from zograd.evaluators.task.answer import Answer, Facts, Report
-from zograd.failures import dropping, is_failure, tries
+from zograd.evaluators.task.failed import center_not_finite, completed, lost, not_finite
+from zograd.evaluators.task.returned import as_tensor, function_name
+from zograd.failures import RAISE, Policy, is_failure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from zograd._base.trees import Arguments, Leaves
     from zograd.evaluators.task.points import Points
-    from zograd.failures import Failures
 
 Value: TypeAlias = "float | torch.Tensor"
 How: TypeAlias = "Callable[[Objective, Points, int, int], torch.Tensor]"
@@ -39,7 +39,7 @@ How: TypeAlias = "Callable[[Objective, Points, int, int], torch.Tensor]"
 
 V = TypeVar("V", float, torch.Tensor, "float | torch.Tensor")
 
-_NAMED = 8  # points that an error lists
+_NO_VALUES = torch.empty(0, dtype=torch.float64, device="cpu")
 _NOTHING = contextlib.nullcontext()
 
 
@@ -77,7 +77,7 @@ class Objective:
         arguments: Arguments,
         params: Leaves,
         facts: Facts,
-        policy: Failures = "raise",
+        policy: Policy = RAISE,
         *,
         judges: bool = True,
     ) -> None:
@@ -96,10 +96,11 @@ class Objective:
         self.counted: Callable[[int, int, int], None] | None = None
         self.arrived: Callable[[int, torch.Tensor], None] | None = None
         self.sent: Any = None  # what an evaluator sends to its workers, once an estimate
+        self._dtype = torch.float64  # of the center's value, as fn returned it
         self._double = any(p.dtype == torch.float64 for p in params)
         self._others = _requiring_grad(arguments)
         self._report = Report()
-        self._away: _Surroundings | None = None  # what has to hold where the objective is not at home
+        self._away: _Away | None = None  # what has to hold where the objective is not at home
         self._proof: tuple[str, bytes] | None = None
 
     @property
@@ -127,7 +128,8 @@ class Objective:
                 yield
             finally:
                 self.stream = None
-        commit(self.fn)
+        if isinstance(self.fn, ModuleFunction):
+            self.fn.commit()
 
     def take(self, answer: Answer, points: Points) -> torch.Tensor:
         """Merge an answer's report, and return its values.
@@ -142,13 +144,14 @@ class Objective:
         Raises:
             DeterminismError: if a worker has another torch or makes other points.
         """
-        self.merge(answer.report, points)
+        if not answer.report.counted:
+            self.merge(answer.report, points)
         if answer.error is not None:
             try:
                 raise answer.error
             finally:
                 del answer  # which holds the error, whose traceback holds this frame
-        return answer.values.to(self.device)
+        return answer.values if answer.values.device == self.device else answer.values.to(self.device)
 
     def take_center(self, answer: Answer, points: Points) -> tuple[torch.Tensor, torch.Tensor]:
         """Merge the center's answer, which tells the shape of all values.
@@ -160,13 +163,13 @@ class Objective:
         Returns:
             The value in float64, and as ``fn`` returned it.
         """
-        self.device = answer.device
+        self.device = answer.device or answer.values.device
         exact = self.take(answer, points)
         self.shape = exact.shape
         return exact, exact.clone() if answer.dtype == torch.float64 else exact.to(answer.dtype)
 
     def merge(self, report: Report, points: Points, typed: str = "the evaluator") -> None:
-        """Add up what evaluations cost and showed, once; of a worker's nobody has told the tracker yet.
+        """Add up what a worker's evaluations cost and showed, once.
 
         Args:
             report: of an answer.
@@ -178,17 +181,19 @@ class Objective:
         """
         if report.counted:
             return
-        self._add(report)
+        report.counted = True
+        self.facts.learn(report.facts)
+        if report.worker is not None:
+            self.count(report.evaluations, report.retries, report.failures)
         if report.proof is not None:
             self._check_proof(report, points, typed)
 
-    def _add(self, report: Report) -> None:
-        report.counted = True
-        self.evaluations += report.evaluations
-        self.failures += report.failures
-        self.facts.learn(report.facts)
-        if report.worker is not None and self.counted is not None:
-            self.counted(report.evaluations, report.retries, report.failures)
+    def count(self, evaluations: int, retries: int = 0, failures: int = 0) -> None:
+        """Add evaluations up, and tell who counts them; those of a call that came to nothing are taken off again."""
+        self.evaluations += evaluations
+        self.failures += failures
+        if self.counted is not None:
+            self.counted(evaluations, retries, failures)
 
     def _check_proof(self, report: Report, points: Points, typed: str) -> None:
         if self._proof is None:
@@ -232,14 +237,19 @@ class Objective:
         Returns:
             Values of shape (directions, offsets, *out), or an error, with a report.
         """
-
-        def run() -> torch.Tensor:
-            values = (how or Objective.one_by_one)(self, points, lo, hi)
-            if not self._accepts(values):
-                raise self._not_finite(values, points.offsets, lo)
-            return values
-
-        return self._answer(points, run)
+        report = self._report = Report(facts=self.facts, counted=self._away is None)
+        try:
+            with _NOTHING if self._away is None else self._elsewhere(points):
+                if how is None:
+                    values, accepted = self._one_by_one(points, lo, hi)
+                else:
+                    values = how(self, points, lo, hi)
+                    accepted = not self.judges or self.policy.drop is not None or all_finite(values)
+                if accepted:
+                    return Answer(values, report)
+                return Answer(_NO_VALUES, report, not_finite(values, points.offsets, lo, self.name))
+        except (Exception, SystemExit) as error:
+            return self._without_values(error)
 
     def center(self, points: Points, *, batched: bool = False) -> Answer:
         """Evaluate the parameters themselves, in one plain call.
@@ -251,177 +261,134 @@ class Objective:
         Returns:
             The value, of the shape of all others, with a report.
         """
-        dtypes: list[torch.dtype] = []
-        answer = self._answer(points, functools.partial(self._at_center, points, dtypes, batched=batched))
-        if dtypes:
-            answer.dtype = dtypes[-1]
-        return answer
-
-    def _answer(self, points: Points, run: Callable[[], torch.Tensor]) -> Answer:
-        report = self._report = Report(facts=self.facts)
-        away = self._away
+        report = self._report = Report(facts=self.facts, counted=self._away is None)
         try:
-            with _NOTHING if away is None else away.entered(self, points):
-                return Answer(run(), report)
-        except SystemExit as error:
-            if away is None:
-                raise
+            with _NOTHING if self._away is None else self._elsewhere(points):
+                if self.policy.tries > 1:
+                    once = functools.partial(self._at_center, points, batched=batched)
+                    exact: torch.Tensor = self._by_policy(once, CENTER, None)
+                else:
+                    exact = self._at_center(points, batched=batched)
+                self.judge_center(exact)
+                return Answer(exact, report, dtype=self._dtype)
+        except (Exception, SystemExit) as error:
+            return self._without_values(error)
+
+    def _without_values(self, error: Exception | SystemExit) -> Answer:
+        if isinstance(error, SystemExit):
+            if self._away is None:
+                raise error
             ended = WorkerError(f"{self.name} called `sys.exit({error.code!r})` in a worker.")
             ended.__cause__ = error
-            return Answer(_NO_VALUES, report, ended)
-        except Exception as error:
-            return Answer(_NO_VALUES, report, error)
+            error = ended
+        return Answer(_NO_VALUES, self._report, error)
 
-    def one_by_one(self, points: Points, lo: int, hi: int) -> torch.Tensor:
-        """Return the values at the points of directions ``lo`` to ``hi``, one call each; not those after a failure."""
-        sides, values = len(points.offsets), []
-        for number, point in enumerate(points.each(lo, hi), lo * sides):
-            value = self._at_point(points, number, point)
-            values.append(value)
-            if self.arrived is not None:
-                self.arrived(number, torch.as_tensor(value, dtype=torch.float64))
-            if not (number + 1) % sides and not all(map(self._accepts, values[-sides:])):
-                break
-        if not self.shape and isinstance(values[0], float):
-            return torch.tensor(values, dtype=torch.float64, device="cpu").view(-1, sides)
-        rows = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])
-        return rows.view(len(values) // sides, sides, *self.shape)
+    def together(
+        self, call: Callable[[Any], Any], make: Callable[[], Any], lo: int, num: int, *, vmapped: bool = False
+    ) -> torch.Tensor:
+        """Return the values of one call for many points.
+
+        Args:
+            call: takes the points, or what stands for them, with a leading axis.
+            make: makes these.
+            lo: the first direction.
+            num: how many points there are.
+            vmapped: whether the call is torch.vmap's: then what ``fn`` raises goes up as it is.
+
+        Returns:
+            float64 values of shape (num, *out).
+        """
+        rows, wanted = None if vmapped else range(lo, lo + num), torch.Size((num, *self.shape))
+
+        def evaluate() -> torch.Tensor:
+            try:
+                out = self._run(call, make(), make, lo, rows, num if vmapped else 0)
+            except Exception as error:
+                if vmapped or not is_failure(error):
+                    raise
+                raise self._failed(error, f"directions {lo} to {lo + num - 1}") from error
+            value = as_tensor(out, self.name)
+            if value.shape != wanted:
+                raise self._wrong_shape(value.shape, wanted)
+            return value.detach().to(torch.float64, copy=True)
+
+        if self.policy.tries == 1 and self.policy.drop is None:
+            return evaluate()
+        return self._by_policy(evaluate, lo, num, raises=vmapped)
 
     # ------------------------------------------------------------------------------------------------- evaluations
 
-    def _at_center(self, points: Points, dtypes: list[torch.dtype], *, batched: bool) -> torch.Tensor:
-        call = functools.partial(self._call, center_of(self.fn))
-        rows = range(CENTER, CENTER + 1) if batched else None
-
-        def params() -> Leaves:
-            return tuple([leaf.unsqueeze(0) for leaf in points.center()]) if batched else points.center()
-
-        def evaluate() -> torch.Tensor:
-            out = self._run(call, params(), params, CENTER, rows=rows)
-            value = self._as_tensor(out).detach()
-            if batched:
-                value = self._drop_leading_one(value)
-            # A copy, since fn may have returned a view of its argument.
-            exact = value.clone() if value.dtype == torch.float64 else value.double()
-            if isinstance(out, (int, float)):
-                exact.fill_(out)  # as exact as the values at the other points
-            number = not isinstance(out, torch.Tensor) and self._double
-            dtypes.append(torch.float64 if number else value.dtype)
-            return exact
-
-        if tries(self.policy) > 1:
-            exact: torch.Tensor = self._by_policy(evaluate, CENTER, None)
-        else:
-            exact = evaluate()
-        self.judge_center(exact)
+    def _at_center(self, points: Points, *, batched: bool) -> torch.Tensor:
+        make, rows = points.center, None
+        if batched:
+            make, rows = functools.partial(_with_leading_one, points), range(CENTER, CENTER + 1)
+        fn = self.fn.at_center if isinstance(self.fn, ModuleFunction) else self.fn
+        out = self._run(functools.partial(self.arguments.call, fn), make(), make, CENTER, rows)
+        is_value = isinstance(out, torch.Tensor) and out.is_floating_point()
+        value = (out if is_value else as_tensor(out, self.name)).detach()
+        if batched:
+            value = self._drop_leading_one(value)
+        # A copy, since fn may have returned a view of its argument.
+        exact = value.clone() if value.dtype == torch.float64 else value.double()
+        if isinstance(out, (int, float)):
+            exact.fill_(out)  # as exact as the values at the other points
+        number = not isinstance(out, torch.Tensor) and self._double
+        self._dtype = torch.float64 if number else value.dtype
         return exact
 
-    def judge_center(self, exact: torch.Tensor) -> None:
-        """Raise NonFiniteError if the center's value is not finite."""
-        if self.judges and not all_finite(exact):
-            bad = int((~torch.isfinite(exact)).sum())
-            raise NonFiniteError(
-                f"{self.name} returned {bad} non-finite value{'s' * (bad > 1)} of {exact.numel()} at the parameters "
-                f"themselves (the center): {exact.flatten()[:_NAMED].tolist()}."
-            )
+    def _one_by_one(self, points: Points, lo: int, hi: int) -> tuple[torch.Tensor, bool]:
+        """Return the values at the points of directions ``lo`` to ``hi``, one call each, and whether they are accepted.
 
-    def _at_point(self, points: Points, number: int, point: Leaves) -> Value:
+        The last direction is the first that is not.
+        """
+        sides, values, accepted = len(points.offsets), [], True
+        call = functools.partial(self.arguments.call, self.fn)
+        plain = self.policy.tries == 1 and self.policy.drop is None
+        judges = self.judges and self.policy.drop is None
+        for number, point in enumerate(points.each(lo, hi), lo * sides):
+            if plain:
+                value = self._value(call, points, number, point)
+            else:  # each try at a point of its own, since fn may write to it before it fails
+                value = self._by_policy(
+                    functools.partial(self._value, call, points, number, None), number // sides, None
+                )
+            values.append(value)
+            if self.arrived is not None:
+                self.arrived(number, torch.as_tensor(value, dtype=torch.float64))
+            if judges:
+                accepted = accepted and (math.isfinite(value) if isinstance(value, float) else all_finite(value))
+                if not accepted and not (number + 1) % sides:
+                    break
+        if not self.shape and isinstance(values[0], float):
+            return torch.tensor(values, dtype=torch.float64, device="cpu").view(-1, sides), accepted
+        rows = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])
+        return rows.view(len(values) // sides, sides, *self.shape), accepted
+
+    def _value(self, call: Callable[[Leaves], Any], points: Points, number: int, point: Leaves | None) -> Value:
         """Return the value at one point: a float for one number on the CPU, else a float64 tensor."""
-        index = number // len(points.offsets)
-        if self.policy != "raise":  # each try at a point of its own, since fn may write to it before it fails
-            again = functools.partial(points.__getitem__, number)
-            return self._by_policy(lambda: self._value(again(), again, index), index, None)
-        return self._value(point, functools.partial(points.__getitem__, number), index)
-
-    def _value(self, point: Leaves, again: Callable[[], Leaves], index: int) -> Value:
+        index, again = number // len(points.offsets), functools.partial(points.__getitem__, number)
         try:
-            out = self._run(functools.partial(self._call, self.fn), point, again, index)
+            out = self._run(call, again() if point is None else point, again, index)
         except Exception as error:
             if is_failure(error):
                 raise self._failed(error, f"direction {index}") from error
             raise
         if type(out) is float and not self.shape:
             return out
-        out = self._as_tensor(out)
+        if not (isinstance(out, torch.Tensor) and out.is_floating_point()):
+            out = as_tensor(out, self.name)
         if out.shape != self.shape:
             raise self._wrong_shape(out.shape, self.shape)
         if not self.shape and out.device.type == "cpu":
-            return out.item()
-        return out.detach().to(torch.float64, copy=True)
-
-    def batched(self, points: Points, lo: int, hi: int) -> torch.Tensor:
-        """Return the values at the points of directions ``lo`` to ``hi``, one call of ``fn`` for each offset."""
-
-        def column(offset: float) -> torch.Tensor:
-            def rows() -> Leaves:
-                return points.rows(lo, hi, (offset,))
-
-            def evaluate() -> torch.Tensor:
-                try:
-                    out = self._run(functools.partial(self._call, self.fn), rows(), rows, lo, rows=range(lo, hi))
-                except Exception as error:
-                    if is_failure(error):
-                        raise self._failed(error, f"directions {lo} to {hi - 1}") from error
-                    raise
-                return self._rows(self._as_tensor(out), hi - lo)
-
-            return evaluate() if self.policy == "raise" else self._by_policy(evaluate, lo, hi - lo)
-
-        return torch.stack([column(offset) for offset in points.offsets], dim=1)
-
-    def vectorized(
-        self, points: Points, lo: int, hi: int, offsets: tuple[float, ...], randomness: str
-    ) -> torch.Tensor | None:
-        """Return the values at the points of directions ``lo`` to ``hi`` by one call of ``torch.vmap(fn)``.
-
-        Args:
-            points: where.
-            lo: the first direction.
-            hi: one past the last.
-            offsets: which of the points of each direction.
-            randomness: as torch.vmap has it; with ``"error"`` an ``fn`` that draws is found out and not counted.
-
-        Returns:
-            Values of shape (directions, offsets, *out); None if ``fn`` drew although it must not.
-
-        Raises:
-            RuntimeError: if ``fn`` cannot be vectorized.
-        """
-        num = (hi - lo) * len(offsets)
-
-        def evaluate() -> torch.Tensor:
-            rows, to_point = points.factors(lo, hi, offsets)
-
-            # The check for a tensor comes inside: vmap has its own words for anything else.
-            def one(row: Leaves) -> torch.Tensor:
-                return as_tensor(dense(self._call(self.fn, to_point(row))), self.name)
-
-            call = torch.vmap(one, randomness=randomness)
-            return self._rows(self._run(call, rows, lambda: rows, lo, vmapped=num), num)
-
-        try:
-            by_offset = evaluate() if self.policy == "raise" else self._by_policy(evaluate, lo, num, raises=True)
-        except RuntimeError as error:
-            if randomness != "error" or "randomness error mode" not in str(error):
-                raise
-            self.facts.draws = True
-            self._count(-num)
-            return None
-        return by_offset.view(len(offsets), hi - lo, *self.shape).transpose(0, 1)
-
-    def _rows(self, out: torch.Tensor, num: int) -> torch.Tensor:
-        wanted = torch.Size((num, *self.shape))
-        if out.shape != wanted:
-            raise self._wrong_shape(out.shape, wanted)
+            return cast("float", out.item())
         return out.detach().to(torch.float64, copy=True)
 
     # ---------------------------------------------------------------------------------------------------- judgement
 
-    def _accepts(self, value: Value) -> bool:
-        """Return whether a value, or values, may go on to the estimate: finite ones, or nan that a policy drops."""
-        if isinstance(value, float):
-            return math.isfinite(value) or not self.judges or dropping(self.policy) is not None
-        return not self.judges or dropping(self.policy) is not None or all_finite(value)
+    def judge_center(self, exact: torch.Tensor) -> None:
+        """Raise NonFiniteError if the center's value is not finite."""
+        if self.judges and not all_finite(exact):
+            raise center_not_finite(exact, self.name)
 
     def _by_policy(self, evaluate: Callable[[], V], index: int, rows: int | None, *, raises: bool = False) -> V:
         """Evaluate one point, or many, as often as the policy says; what is given up is nan.
@@ -436,8 +403,8 @@ class Objective:
             The values.
         """
         kept: Any = None
-        for left in reversed(range(tries(self.policy))):
-            goes_on = left or (index != CENTER and dropping(self.policy) is not None)
+        for left in reversed(range(self.policy.tries)):
+            goes_on = left or (index != CENTER and self.policy.drop is not None)
             try:
                 value = evaluate()
             except Exception as error:
@@ -445,11 +412,13 @@ class Objective:
                     raise
                 failed = rows or 1
             else:
-                kept = value if kept is None else _completed(kept, value, rows)
-                if not _lost(kept, rows) or not goes_on:
+                kept = value if kept is None else completed(kept, value, rows)
+                if not lost(kept, rows) or not goes_on:
                     return cast("V", kept)
-                failed = _lost(value, rows)
-            self._count(0, (rows or 1) if left else 0, failed)
+                failed = lost(value, rows)
+            self._report.retries += (rows or 1) if left else 0
+            self._report.failures += failed
+            self.count(0, (rows or 1) if left else 0, failed)
         return cast("V", self._given_up(rows) if kept is None else kept)
 
     def _given_up(self, rows: int | None) -> Value:
@@ -457,16 +426,6 @@ class Objective:
             return math.nan
         shape = self.shape if rows is None else (rows, *self.shape)
         return torch.full(shape, math.nan, dtype=torch.float64, device=self.device)
-
-    def _not_finite(self, values: torch.Tensor, offsets: tuple[float, ...], lo: int) -> NonFiniteError:
-        points = (~torch.isfinite(values)).flatten(2).any(dim=2) if values.dim() > 2 else ~torch.isfinite(values)
-        where = [f"{lo + i} (offset {offsets[j]:+g})" for i, j in points.nonzero()[:_NAMED].tolist()]
-        count, hi = int(points.sum()), lo + len(values)
-        return NonFiniteError(
-            f"{self.name} returned non-finite values at {count} of {points.numel()} points, those of directions {lo} "
-            f"to {hi - 1}: at direction {', '.join(where)}{', ...' if count > _NAMED else ''}. A gradient from them "
-            "would be wrong; return a finite penalty instead, of the size of the other values."
-        )
 
     def give_up(self, index: int, error: Exception, tried: int) -> Answer | None:
         """Judge an evaluation that a worker did not survive, or did not end in time.
@@ -479,11 +438,11 @@ class Objective:
         Returns:
             None if it is to be tried again; else an answer that gives it up, or has the error.
         """
-        report = Report(1, worker="")  # it did begin
-        if tried + 1 < tries(self.policy):
-            self._add(replace(report, retries=1, failures=1))
+        if tried + 1 < self.policy.tries:
+            self.count(1, 1, 1)
             return None
-        if index == CENTER or dropping(self.policy) is None:
+        report = Report(1, worker="")  # it did begin
+        if index == CENTER or self.policy.drop is None:
             return Answer(_NO_VALUES, report, error)
         report.failures = 1
         lost = torch.full((1, 1, *self.shape), math.nan, dtype=torch.float64, device="cpu")
@@ -496,15 +455,22 @@ class Objective:
     def _wrong_shape(self, got: torch.Size, wanted: torch.Size) -> ValueError:
         return ValueError(f"{self.name} must return one shape at all points, got {tuple(got)} after {tuple(wanted)}.")
 
+    def _drop_leading_one(self, value: torch.Tensor) -> torch.Tensor:
+        if value.shape[:1] != (1,):
+            raise ValueError(
+                f'{self.name} with `evaluator="batched"` takes a leading axis of parameter sets and must return one '
+                f"value each: for one set it returned the shape {tuple(value.shape)} where (1, ...) was expected."
+            )
+        return value[0]
+
     # ------------------------------------------------------------------------------------------------- calls of fn
 
     def _run(
         self,
-        call: Callable[[Leaves], Any],
-        params: Leaves,
-        again: Callable[[], Leaves],
+        call: Callable[[Any], Any],
+        params: Any,
+        again: Callable[[], Any],
         index: int,
-        *,
         rows: range | None = None,
         vmapped: int = 0,
     ) -> Any:
@@ -532,9 +498,9 @@ class Objective:
 
     def _run_tracked(
         self,
-        call: Callable[[Leaves], Any],
-        params: Leaves,
-        again: Callable[[], Leaves],
+        call: Callable[[Any], Any],
+        params: Any,
+        again: Callable[[], Any],
         index: int,
         rows: range | None,
         vmapped: int,
@@ -556,33 +522,13 @@ class Objective:
     def _begin(self, index: int, rows: range | None, vmapped: int) -> None:
         if self.stream is not None:
             self.stream.at(index, rows, vmapped=bool(vmapped))
-        self._count(vmapped or (1 if rows is None else len(rows)))
-
-    def _count(self, evaluations: int, retries: int = 0, failures: int = 0) -> None:
-        report = self._report
-        report.evaluations += evaluations
-        report.retries += retries
-        report.failures += failures
-        if self.counted is not None:
-            self.counted(evaluations, retries, failures)
-
-    def _call(self, fn: Callable[..., Any], params: Leaves) -> Any:
         for leaf in self._others:
             leaf.grad = None  # what an earlier evaluation may have left there
-        args, kwargs = self.arguments.build(params)
-        return fn(*args, **kwargs)
-
-    def _as_tensor(self, out: Any) -> torch.Tensor:
-        # Told the name only if it has something to say: that takes as long as all the rest.
-        return out if isinstance(out, torch.Tensor) and out.is_floating_point() else as_tensor(out, self.name)
-
-    def _drop_leading_one(self, value: torch.Tensor) -> torch.Tensor:
-        if value.shape[:1] != (1,):
-            raise ValueError(
-                f'{self.name} with `evaluator="batched"` takes a leading axis of parameter sets and must return one '
-                f"value each: for one set it returned the shape {tuple(value.shape)} where (1, ...) was expected."
-            )
-        return value[0]
+        num = vmapped or (1 if rows is None else len(rows))
+        self._report.evaluations += num
+        self.evaluations += num
+        if self.counted is not None:
+            self.counted(num, 0, 0)
 
     def _closed_over(self) -> RuntimeError:
         return RuntimeError(
@@ -595,57 +541,48 @@ class Objective:
     def for_thread(self, fn: Callable[..., Any], arguments: Arguments) -> Objective:
         """Return this objective for another thread, with a function and arguments of its own."""
         own = copy.copy(self)
-        own.__dict__.update(self._state())
+        own.__dict__.update(self.__getstate__())
         own.fn, own.arguments, own._others = fn, arguments, _requiring_grad(arguments)
         return own
 
-    def _state(self) -> dict[str, Any]:
-        away = self._away or _Surroundings.here(self)
+    @contextlib.contextmanager
+    def _elsewhere(self, points: Points) -> Iterator[None]:
+        """Let hold what holds at home, for one answer, which says who gave it."""
+        away = self._away
+        assert away is not None
+        self._report.worker = worker_name()
+        # First, since the directions of a worker that makes others are not worth an evaluation.
+        if self._proof is None:
+            self._proof = self._report.proof = proof(points)
+        stream = FnStream(self.seed, away.device, shared=self.shared)
+        with away.modes.entered(), stream:
+            stream.depth = away.depth
+            self.stream = stream
+            try:
+                yield
+            finally:
+                self.stream = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        away = self._away or _Away(
+            Modes.here(self.device), self.device, 1 if self.stream is None else self.stream.depth
+        )
         here = ("stream", "counted", "arrived", "sent", "_proof")
         parts = {"facts": copy.copy(self.facts), "_others": [], "_report": Report(), "_away": away}
         return {**self.__dict__, **dict.fromkeys(here), **parts}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self._state()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._others = _requiring_grad(self.arguments)
 
 
-_NO_VALUES = torch.empty(0, dtype=torch.float64, device="cpu")
-
-
 @dataclass(frozen=True)
-class _Surroundings:
+class _Away:
     """What holds where an estimate is made, for the evaluations that others make for it."""
 
     modes: Modes
     device: torch.device  # of the parameters
     depth: int
-
-    @classmethod
-    def here(cls, objective: Objective) -> _Surroundings:
-        """Return those of this thread."""
-        stream, device = objective.stream, objective.device
-        return cls(Modes.here(device), device, 1 if stream is None else stream.depth)
-
-    @contextlib.contextmanager
-    def entered(self, objective: Objective, points: Points) -> Iterator[None]:
-        """Let them hold for one answer, which says who gave it."""
-        report = objective._report
-        report.worker = worker_name()
-        # First, since the directions of a worker that makes others are not worth an evaluation.
-        if objective._proof is None:
-            objective._proof = report.proof = proof(points)
-        stream = FnStream(objective.seed, self.device, shared=objective.shared)
-        with self.modes.entered(), stream:
-            stream.depth = self.depth
-            objective.stream = stream
-            try:
-                yield
-            finally:
-                objective.stream = None
 
 
 def worker_name() -> str:
@@ -664,72 +601,17 @@ def all_finite(values: torch.Tensor) -> bool:
     return math.isfinite(values if values.numel() == 1 else values.sum()) or bool(torch.isfinite(values).all())
 
 
-def _lost(value: Value, rows: int | None) -> int:
-    """Return how many of some points have a value that is not finite."""
-    if isinstance(value, float):
-        return int(not math.isfinite(value))
-    finite = torch.isfinite(value)
-    return int(not finite.all()) if rows is None else int((~finite.reshape(rows, -1).all(dim=1)).sum())
-
-
-def _completed(kept: Value, value: Value, rows: int | None) -> Value:
-    """Return the new values of points that failed before, the old ones of the others."""
-    if rows is None or isinstance(kept, float) or isinstance(value, float):
-        return value
-    finite = torch.isfinite(kept).reshape(rows, -1).all(dim=1)
-    return torch.where(finite.view(rows, *(1,) * (kept.dim() - 1)), kept, value)
+def _with_leading_one(points: Points) -> Leaves:
+    return tuple([leaf.unsqueeze(0) for leaf in points.center()])
 
 
 def _requiring_grad(arguments: Arguments) -> list[torch.Tensor]:
     """Return the tensors among the other arguments that require grad."""
+    if len(arguments.chosen) == len(arguments.leaves):
+        return []
     chosen = set(arguments.chosen)
     others = enumerate(arguments.leaves)
     return [t for i, t in others if i not in chosen and isinstance(t, torch.Tensor) and t.requires_grad]
-
-
-def as_tensor(out: Any, name: str) -> torch.Tensor:
-    """What fn returned, as a tensor: of its own dtype, or torch's default one for a Python number.
-
-    Args:
-        out: what fn returned.
-        name: how errors call fn.
-
-    Returns:
-        The tensor.
-
-    Raises:
-        TypeError: if it is not a number or an array of real floating-point numbers.
-    """
-    if not isinstance(out, torch.Tensor):
-        return _from_number(out, name)
-    if not out.is_floating_point():
-        raise TypeError(
-            f"{name} must return floating-point values to have a gradient, got a tensor of {out.dtype} with shape "
-            f"{tuple(out.shape)}: return `{'.abs()` or `.real' if out.is_complex() else '.float()'}` of it."
-        )
-    return out
-
-
-def _from_number(out: Any, name: str) -> torch.Tensor:
-    # numpy's scalars and arrays, recognized by what they offer, so that numpy need not be imported. They come first,
-    # since numpy's float64 is a Python float, too.
-    if getattr(getattr(out, "dtype", None), "kind", "") in tuple("fiu"):
-        return torch.as_tensor(float(out) if not out.shape else out.copy(), dtype=_numpy_dtype(out))
-    if isinstance(out, (int, float)) and not isinstance(out, bool):
-        return torch.tensor(out, dtype=torch.get_default_dtype())
-    got = "None (is a `return` missing?)" if out is None else f"{type(out).__name__} {out!r:.80}"
-    raise TypeError(f"{name} must return a tensor or a number, got {got}.")
-
-
-def _numpy_dtype(out: Any) -> torch.dtype:
-    return {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}.get(
-        out.dtype.name, torch.get_default_dtype()
-    )
-
-
-def function_name(fn: Any) -> str:
-    """How errors call a function."""
-    return f"`{getattr(fn, '__qualname__', None) or type(fn).__qualname__}`"
 
 
 class _NeedsGrad(BaseException):

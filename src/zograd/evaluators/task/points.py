@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
 
+from zograd.errors import ZeroOrderWarning
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from zograd._base.trees import Leaves
     from zograd.distributions.base import Noise
     from zograd.distributions.directions import Directions
+    from zograd.schemes import Scheme
+
+_CLEAR = {dtype: 100 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+"""Radii that :func:`warn_below_resolution` looks at no further; half precision always is."""
 
 
 class Points:
@@ -86,17 +94,20 @@ class Points:
         columns = [d.distribution.shift(d.space, self.params, parts, self._scales[c]) for c in offsets]
         return columns[0] if len(columns) == 1 else tuple(map(torch.cat, zip(*columns, strict=True)))
 
-    def factors(self, lo: int, hi: int, offsets: tuple[float, ...]) -> tuple[Noise, Callable[[Noise], Leaves]]:
-        """Return what the points of :meth:`rows` are made of, by rows, and a function from one row to its point.
+    def factors(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Noise:
+        """Return what the points of :meth:`rows` are made of, by rows, for :meth:`of_factors`.
 
         It serves families that keep the parameters apart from their low-rank change; elsewhere a row is the point.
         """
-        d, params, sigma = self.directions, self.params, self.sigma
-        family, space = d.distribution, d.space
-        if not family.factored:
-            return self.rows(lo, hi, offsets), _itself
-        rows = family.mirrored(space, self._parts(lo, hi), offsets)
-        return rows, lambda row: family.factor(space, params, row, sigma)
+        d = self.directions
+        if not d.distribution.factored:
+            return self.rows(lo, hi, offsets)
+        return d.distribution.mirrored(d.space, self._parts(lo, hi), offsets)
+
+    def of_factors(self, row: Noise) -> Leaves:
+        """Return the point of one row of :meth:`factors`; called inside ``torch.vmap``."""
+        d = self.directions
+        return d.distribution.factor(d.space, self.params, row, self.sigma) if d.distribution.factored else row
 
     def spans(self, chunk: int, lo: int = 0, hi: int | None = None) -> Iterator[tuple[int, int]]:
         """Yield spans of about ``chunk`` directions that cover ``lo`` to ``hi``.
@@ -119,5 +130,31 @@ class Points:
         return d.distribution.parts(d.space, d.noise(lo, hi))
 
 
-def _itself(row: Leaves) -> Leaves:
-    return row
+def check_radii(sigma: tuple[float, ...], scheme: Scheme, dtype: torch.dtype, call: str) -> None:
+    """Refuse a step that the compute dtype cannot hold; torch's own error would name neither."""
+    largest = max(sigma) * max(map(abs, scheme.sides))
+    if largest > torch.finfo(dtype).max:
+        raise ValueError(
+            f"`{call}(sigma=...)` must make steps within the range of {dtype}, at most {torch.finfo(dtype).max:.3g}, "
+            f"got {max(sigma):g}. Pass float64 tensors, or scale the parameters down."
+        )
+
+
+def warn_below_resolution(params: Leaves, sigma: tuple[float, ...], call: str) -> None:
+    """A leaf rounds steps below its resolution away, and with them its gradient."""
+    for leaf, radius in zip(params, sigma, strict=True):
+        if radius > _CLEAR.get(leaf.dtype, math.inf):
+            continue  # the mean would cost time in each estimate, and few parameters are that large
+        typical = float(leaf.abs().mean(dtype=torch.promote_types(leaf.dtype, torch.float32)))
+        resolution = torch.finfo(leaf.dtype).eps * typical
+        if radius < resolution / 2:
+            warnings.warn(
+                f"`{call}(sigma=...)` is {radius:g}, below the resolution of {leaf.dtype} at a typical parameter, "
+                f"{resolution:.2g}: most perturbations round to nothing. Use a larger sigma or {_wider(leaf.dtype)}.",
+                ZeroOrderWarning,
+                stacklevel=2,
+            )
+
+
+def _wider(dtype: torch.dtype) -> str:
+    return {torch.float32: "float64 parameters", torch.float64: "smaller parameters"}.get(dtype, "float32 parameters")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from zograd.distributions.adapter import DistributionLike
-    from zograd.func.decorator import ZeroOrderFunction
+    from zograd.func.function import ZeroOrderFunction
 
 __all__ = ["nn", "zero_order"]
 
