@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils import _python_dispatch
 
 from zograd._base.buffers import memory
+from zograd._base.torch_private import registries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -82,7 +82,7 @@ class Digest:
 
     def _tensor(self, t: torch.Tensor) -> None:
         self._head("tensor", t.dtype, tuple(t.shape), t.layout)
-        if _wraps_others(t) or t.is_quantized or t.is_meta or t.is_nested:
+        if hasattr(t, "__tensor_flatten__") or t.is_quantized or t.is_meta or t.is_nested:
             raise Undigestable(f"a {type(t).__name__} without plain values")
         t = t.detach()
         if t.layout != torch.strided:
@@ -105,7 +105,7 @@ class Digest:
         for name, part in module.named_modules():
             self._head("module", name, _name(type(part)), part.training)
             self.add(code_of(type(part).forward))
-            for tensors in (part._parameters, part._buffers):
+            for tensors in registries(part)[:2]:
                 for key, tensor in tensors.items():
                     self._head(key)
                     self.add(tensor)
@@ -212,9 +212,6 @@ def _is_plain(value: Any) -> bool:
 def _is_numpy(value: Any) -> bool:
     """An array or a number of numpy, which need not be there."""
     return type(value).__module__.split(".")[0] == "numpy" and hasattr(value, "tobytes")
-
-
-_wraps_others: Callable[[object], bool] = _python_dispatch.is_traceable_wrapper_subclass
 
 
 def _name(kind: type) -> str:

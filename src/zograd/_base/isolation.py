@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from zograd._base.replica import Replica, Watch
+from zograd._base.torch_private import as_parameter, parametrizations_cached
 
 
 class ModuleFunction:
@@ -30,7 +30,7 @@ class ModuleFunction:
         self._template: nn.Module | None = None
         self._center: Replica | None = None
         self._watched = False  # whether a point's evaluation was seen to use no hidden parameter
-        if parametrize._cache_enabled:
+        if parametrizations_cached():
             raise RuntimeError(
                 "a zeroth-order module cannot be evaluated inside `parametrize.cached()`: the cache would serve all "
                 "points "
@@ -82,7 +82,7 @@ class ModuleFunction:
 
     def _replacements(self, params: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
         for leaf in params.values():
-            leaf._is_param = True  # what isinstance(..., nn.Parameter) looks at
+            as_parameter(leaf)
         return {identity: params[name] for identity, name in self._names.items()}
 
 

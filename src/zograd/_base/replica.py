@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from zograd._base.torch_private import REGISTRIES, registries, viewed
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (
     dict,
     collections.OrderedDict,
@@ -62,10 +63,14 @@ class Replica:
         return twin
 
     def _state(self, module: nn.Module) -> dict[str, Any]:
-        state = {name: self._mapped(value) for name, value in module.__dict__.items() if name not in _REGISTRIES}
-        state["_parameters"] = {k: p if p is None else self._tensor(p) for k, p in module._parameters.items()}
-        state["_buffers"] = {k: b if b is None else self._buffer(b) for k, b in module._buffers.items()}
-        state["_modules"] = {k: m if m is None else self._twins[id(m)] for k, m in module._modules.items()}
+        state = {name: self._mapped(value) for name, value in module.__dict__.items() if name not in REGISTRIES}
+        parameters, buffers, modules = registries(module)
+        copies = (
+            {k: p if p is None else self._tensor(p) for k, p in parameters.items()},
+            {k: b if b is None else self._buffer(b) for k, b in buffers.items()},
+            {k: m if m is None else self._twins[id(m)] for k, m in modules.items()},
+        )
+        state.update(zip(REGISTRIES, copies, strict=True))
         return state
 
     def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -105,20 +110,19 @@ class Replica:
             RuntimeError: if ``forward`` registered or removed a parameter or submodule.
         """
         for (module, twin), before in zip(self._pairs, self._before, strict=True):
-            for registry in ("_parameters", "_modules"):
-                if twin.__dict__[registry].keys() != module.__dict__[registry].keys():
-                    raise RuntimeError(
-                        f"`{type(module).__name__}.forward` registered or removed a parameter or submodule, which "
-                        "would differ "
-                        "between evaluations: make them in `__init__`, or by one call under `torch.no_grad()`."
-                    )
+            (parameters, buffers, modules), made = registries(module), registries(twin)
+            if made[0].keys() != parameters.keys() or made[2].keys() != modules.keys():
+                raise RuntimeError(
+                    f"`{type(module).__name__}.forward` registered or removed a parameter or submodule, which would "
+                    "differ between evaluations: make them in `__init__`, or by one call under `torch.no_grad()`."
+                )
             for name in before.keys() - twin.__dict__.keys():
                 del module.__dict__[name]
             for name, value in twin.__dict__.items():
-                if name not in _REGISTRIES and (name not in before or before[name] is not value):
+                if name not in REGISTRIES and (name not in before or before[name] is not value):
                     module.__dict__[name] = self._given_back(value)
-            for name, buffer in twin._buffers.items():
-                _commit_buffer(module._buffers, name, buffer)
+            for name, buffer in made[1].items():
+                _commit_buffer(buffers, name, buffer)
         for original, twin in self._containers:
             now = [self._given_back(v) for v in _items(twin)]
             if _keys(original) != _keys(twin) or any(a is not b for a, b in zip(_items(original), now, strict=True)):
@@ -195,7 +199,7 @@ class Watch(TorchFunctionMode):
             for item in value if isinstance(value, (list, tuple)) else (value,):
                 name = self._names.get(id(item))
                 if name is None and isinstance(item, torch.Tensor):
-                    name = self._names.get(id(_base(item)))
+                    name = self._names.get(id(viewed(item)))
                 if name is not None:
                     self.error = self._error(name)
                     raise self.error
@@ -208,8 +212,3 @@ class Watch(TorchFunctionMode):
             "list, tuple or dict of them (a closure, a helper object, a view made in `__init__`?), where it cannot be "
             "perturbed. Reach it through `self`, or pass it as an argument."
         )
-
-
-def _base(tensor: torch.Tensor) -> torch.Tensor | None:
-    with torch._C.DisableTorchFunction():
-        return tensor._base

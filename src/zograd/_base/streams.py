@@ -13,8 +13,8 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from zograd._base.torch_private import dispatch_mode, schema
 from zograd.errors import SharedStreamError
 
 if TYPE_CHECKING:
@@ -145,44 +145,48 @@ class _Ownership:
 _ownership = _Ownership()
 
 
-class _LocalDraws(TorchDispatchMode):
-    """Makes torch's random functions draw from generators of this thread.
+@functools.cache
+def _local_draws() -> type[Any]:
+    """Return the class, made when first needed, of what makes torch's random functions draw from a thread's generators.
 
     torch's global stream belongs to the process. Where another thread's estimate owns it, ours hands its own generator
     to every random operation that accepts one, and refuses the others before they draw.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.generators = {d: torch.Generator(d) for d in {torch.device("cpu"), device}}
+    class LocalDraws(dispatch_mode()):  # type: ignore[misc]
+        def __init__(self, device: torch.device) -> None:
+            super().__init__()
+            self.generators = {d: torch.Generator(d) for d in {torch.device("cpu"), device}}
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
-            return func(*args, **kwargs)
-        overload = _overload_with_generator(func)
-        if overload is None:
-            raise SharedStreamError(
-                f"`{func}` drew from torch's global random stream in thread {threading.current_thread().name!r} while "
-                "an estimate in another thread owns it, so its numbers could not be reproduced. Draw from a generator: "
-                "`torch.Generator().manual_seed(zograd.current_seed())`."
-            )
-        tensor = next((a for a in args if isinstance(a, torch.Tensor)), None)
-        device = tensor.device if tensor is not None else torch.device(kwargs.get("device") or "cpu")
-        return overload(*args, **kwargs, generator=self.generators[device])
+        def __torch_dispatch__(
+            self,
+            func: Any,
+            types: Any,
+            args: tuple[Any, ...] = (),
+            kwargs: dict[str, Any] | None = None,
+        ) -> Any:
+            kwargs = kwargs or {}
+            if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+                return func(*args, **kwargs)
+            overload = _overload_with_generator(func)
+            if overload is None:
+                raise SharedStreamError(
+                    f"`{func}` drew from torch's global random stream in thread {threading.current_thread().name!r} "
+                    "while an estimate in another thread owns it, so its numbers could not be reproduced. Draw from a "
+                    "generator: `torch.Generator().manual_seed(zograd.current_seed())`."
+                )
+            tensor = next((a for a in args if isinstance(a, torch.Tensor)), None)
+            device = tensor.device if tensor is not None else torch.device(kwargs.get("device") or "cpu")
+            return overload(*args, **kwargs, generator=self.generators[device])
+
+    return LocalDraws
 
 
 def _overload_with_generator(func: Any) -> Any:
     """The overload of a random operator with the same arguments and a generator, if there is one."""
 
     def arguments(overload: Any) -> dict[str, str]:
-        return {a.name: str(a.type) for a in overload._schema.arguments}
+        return {a.name: str(a.type) for a in schema(overload).arguments}
 
     own = arguments(func)
     if "generator" in own:
@@ -192,7 +196,7 @@ def _overload_with_generator(func: Any) -> Any:
     return next((c for c in candidates if arguments(c) == {**own, "generator": "Optional[Generator]"}), None)
 
 
-_thread = threading.local()  # .draws: the _LocalDraws that is active in this thread
+_thread = threading.local()  # .draws: the mode that is active in this thread
 
 
 class TorchStream:
@@ -226,11 +230,11 @@ class TorchStream:
         return self
 
     def _begin_local_draws(self) -> None:
-        draws = _thread.draws = _LocalDraws(self._device)
-        draws.__enter__()  # type: ignore[no-untyped-call]
+        draws = _thread.draws = _local_draws()(self._device)
+        draws.__enter__()
         self.generators = list(draws.generators.values())
         self._leave = [
-            lambda: draws.__exit__(None, None, None),  # type: ignore[no-untyped-call]
+            lambda: draws.__exit__(None, None, None),
             lambda: setattr(_thread, "draws", None),
         ]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from zograd._base.streams import TorchStream, plain_call
+from zograd._base.torch_private import writes
 from zograd.diagnostics.subject import Given, Subject
 from zograd.diagnostics.watch import RandomStates, Reach
 from zograd.errors import NonFiniteError
@@ -102,7 +103,7 @@ class _Entered:
         return self._reach.changed()
 
     def wrote(self, point: Leaves) -> bool:
-        return any(not p.is_inference() and p._version > 0 and not p.requires_grad for p in point)
+        return any(writes(p) > 0 and not p.requires_grad for p in point)
 
 
 def _nothing() -> None:

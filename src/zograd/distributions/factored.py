@@ -6,11 +6,12 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
 
+from zograd._base.torch_private import is_batched, without_overrides, wrapper
 from zograd._base.trees import take_apart
 
 
@@ -33,9 +34,7 @@ class Factored(torch.Tensor):
         cls: type[Factored], weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, of: Factored | None = None
     ) -> Factored:
         """Hold the parts; the tensor itself has no memory, so that nothing can read the bare weight by mistake."""
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, weight.shape, strides=weight.stride(), dtype=weight.dtype, device=weight.device
-        )
+        self = cast("Factored", wrapper(cls, weight))
         self.weight, self.left, self.right, self._sum, self._of = weight, left, right, None, of
         return self
 
@@ -62,7 +61,7 @@ class Factored(torch.Tensor):
         """Apply a rule, or hand over the sum."""
         kwargs = kwargs or {}
         if func in _OF_KIND:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_overrides():
                 return func(*args, **kwargs)
         rule = _RULES.get(func)
         if rule is not None and kwargs.keys() <= _keywords(rule):
@@ -104,9 +103,6 @@ def _added(base: torch.Tensor, inner: torch.Tensor, left: torch.Tensor, bias: An
     thick = base.dim() == 1 or left.shape[1] > 1
     out = base + inner @ left.t() if thick else torch.addcmul(base, inner, left.t()).to(base.dtype)  # under autocast
     return out if bias is None else out.add_(bias)
-
-
-_is_batched: Callable[[torch.Tensor], bool] = torch._C._functorch.is_batchedtensor
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
@@ -182,7 +178,7 @@ def _convolution(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         x, kernel = dense(input), right.t().reshape(-1, *weight.shape[1:])
         base = function(x, weight.weight, dense(bias), stride, padding, dilation)
         channel = x.dim() - weight.dim() + 1
-        if _is_batched(x):
+        if is_batched(x):
             # Kernels of each direction's own would make a convolution in groups, which is slow: products with all of
             # a kernel's places first, and one convolution for all directions that picks them.
             rank, places = kernel.shape[0], kernel[0, 0].numel()

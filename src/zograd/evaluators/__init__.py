@@ -1,10 +1,9 @@
-"""Evaluators: how ``fn`` is called on points, one file each."""
+"""Evaluators: how ``fn`` is called on points."""
 
-from zograd.evaluators.base import EVALUATORS, Evaluator
+from zograd.evaluators.base import EVALUATORS, Evaluator, Loop
 from zograd.evaluators.batched import Batched
 from zograd.evaluators.distributed import Distributed
 from zograd.evaluators.journal import Journal
-from zograd.evaluators.loop import Loop
 from zograd.evaluators.pool import Pool
 from zograd.evaluators.vmap import Vmap
 

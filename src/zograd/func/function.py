@@ -281,14 +281,10 @@ class ZeroOrderFunction(Generic[P]):
         return f"ZeroOrderFunction({self._typed.strip('`')}, {self.options})"
 
 
+# torch.compile breaks its graph here, since that cannot hold generators and user code.
 def _outside_the_graph(function: ZeroOrderFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     out: torch.Tensor = torch.compiler.disable(function.__call__)(*args, **kwargs)  # type: ignore[no-untyped-call]
     return out
-
-
-# Under torch.compile the graph breaks here, since it cannot hold generators and user code. This mark is what
-# torch.compiler.disable leaves; calling that at import would import the whole compiler.
-_outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _look_up(module: str | None, name: str | None) -> Any:

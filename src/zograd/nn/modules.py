@@ -34,6 +34,11 @@ class _ZeroOrderModule(nn.Module):
     zero_order_options: Options
     _without_parameters: ClassVar[str] = ""  # what else its user may have meant
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_state_dict_post_hook(_without_empty_state)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_empty_state)  # type: ignore[no-untyped-call]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run ``forward``; with grad mode on, the result carries the estimate for the trainable parameters.
 
@@ -83,23 +88,6 @@ class _ZeroOrderModule(nn.Module):
         """
         self.zero_order_options.load_state_dict(state, f"`{type(self).__name__}.load_state_dict(...)`")
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self._has_extra_state():
-            destination.pop(f"{prefix}_extra_state", None)
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *lists: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
-        if not self._has_extra_state() and (key := f"{prefix}_extra_state") in missing_keys:
-            missing_keys.remove(key)
-
-    def _has_extra_state(self) -> bool:
-        """With nothing to say the key is left out, so that checkpoints of the plain module fit, and the other way."""
-        own = type(self).get_extra_state is _ZeroOrderModule.get_extra_state
-        return not own or self.zero_order_options.generator is not None
-
     def _trainable(self) -> dict[str, nn.Parameter]:
         parameters = dict(self.named_parameters())
         if not parameters:
@@ -122,6 +110,25 @@ class _ZeroOrderModule(nn.Module):
             f"distribution={o.distribution}, method={o.method}, num_samples={o.num_samples}, sigma={o.sigma}, "
             f"evaluator={o.evaluator}"
         )
+
+
+# Without a generator there is no state but that of the tensors: the key is left out, so that checkpoints of the plain
+# module fit, and the other way around.
+
+
+def _has_extra_state(module: _ZeroOrderModule) -> bool:
+    own = type(module).get_extra_state is _ZeroOrderModule.get_extra_state
+    return not own or module.zero_order_options.generator is not None
+
+
+def _without_empty_state(module: Any, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    if not _has_extra_state(module):
+        state_dict.pop(f"{prefix}_extra_state", None)
+
+
+def _with_empty_state(module: Any, state_dict: dict[str, Any], prefix: str, *_others: Any) -> None:
+    if not _has_extra_state(module):
+        state_dict.setdefault(f"{prefix}_extra_state", {})
 
 
 class ZeroOrderGradientModule(_ZeroOrderModule):

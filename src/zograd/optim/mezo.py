@@ -10,6 +10,7 @@ import torch
 
 from zograd._base import checks
 from zograd._base.streams import FnStream, derive, draw_seed
+from zograd._base.torch_private import writes
 from zograd._base.trees import Leaves, Space, unsupported
 from zograd.distributions.adapter import adapt
 from zograd.distributions.directions import Directions
@@ -324,7 +325,7 @@ def _evaluate(
     running: RunningEstimate,
 ) -> list[list[float]]:
     """The closure's values at each direction's two points."""
-    versions = [p._version for p in params]
+    before = list(map(writes, params))
     values: list[list[float]] = []
     with FnStream(directions.seed, directions.space.device, shared=False) as stream:
         for i in range(len(directions)):
@@ -334,7 +335,7 @@ def _evaluate(
                 point = _Point(params, directions, i, tuple(side * s for s in sigma))
                 running.count()
                 values[-1].append(_value(closure, Overlay(params, point), step, i, side))
-    if versions != [p._version for p in params]:
+    if before != list(map(writes, params)):
         raise RuntimeError(
             "`MeZO.step(closure)`: the closure wrote to a parameter in place, past torch's Python functions; the "
             "values are of no point. Write to parameters outside the closure."

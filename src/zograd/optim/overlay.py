@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from zograd._base.torch_private import below_transforms, compiler_loaded, schema, unwrapped, writes
 from zograd._base.trees import take_apart
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class Overlay(TorchFunctionMode):
         self._stance: Any = None
 
     def __enter__(self) -> Overlay:
-        if "torch._dynamo" in sys.modules:  # it would compile this mode, anew for each point
+        if compiler_loaded():  # it would compile this mode, anew for each point
             self._stance = torch.compiler.set_stance("force_eager")
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -81,21 +80,21 @@ class Overlay(TorchFunctionMode):
                 "use torch functions of the parameter."
             )
         made = {k: self._make(k) for k in dict.fromkeys(k for _, k in places)}
-        versions = [_version(copy) for copy in made.values()]
+        before = list(map(writes, made.values()))
         for i, k in places:
             leaves[i] = made[k]
         self.used.update(made)
         args, kwargs = together(leaves)
         del leaves
         out = func(*args, **(kwargs or {}))
-        if versions != [_version(copy) for copy in made.values()]:
+        if before != list(map(writes, made.values())):
             raise _lost(func)
         self._remember(out, made)
         return out
 
     def _make(self, k: int) -> torch.Tensor:
         # Below any torch.func transform that is running, which would refuse its random numbers.
-        with temporarily_clear_interpreter_stack():
+        with below_transforms():
             return self.replacement(k)
 
     def _remember(self, out: Any, made: dict[int, torch.Tensor]) -> None:
@@ -105,9 +104,7 @@ class Overlay(TorchFunctionMode):
             self._copies[memory] = first.untyped_storage()
 
     def _check_alias(self, tensor: torch.Tensor) -> None:
-        inner = tensor
-        while torch._C._functorch.is_functorch_wrapped_tensor(inner):
-            inner = torch._C._functorch.get_unwrapped(inner)
+        inner = unwrapped(tensor)
         if inner is not tensor and id(inner) in self._indices:
             raise RuntimeError(
                 f"the closure gives a parameter of shape {tuple(inner.shape)} to a torch.func transform, which hides "
@@ -127,7 +124,7 @@ def _memory(tensor: torch.Tensor) -> int:
     if tensor.layout != torch.strided:
         return 0
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
         return 0
 
@@ -146,10 +143,6 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + (steps + 1) * tensor.element_size()
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _lost(func: Any) -> RuntimeError:
     return RuntimeError(
         f"the closure writes to a parameter in place (`{resolve_name(func) or func}`): it runs at perturbed "
@@ -160,9 +153,11 @@ def _lost(func: Any) -> RuntimeError:
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
     """The tensors that a function writes to, as far as its name, its schema and its arguments tell."""
     name = getattr(func, "__name__", "")
-    schema = getattr(func, "_schema", None)
-    if schema is not None:
-        yield from (a for a, s in zip(args, schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write)
+    of_operator = schema(func)
+    if of_operator is not None:
+        yield from (
+            a for a, s in zip(args, of_operator.arguments, strict=False) if s.alias_info and s.alias_info.is_write
+        )
     elif name in _WRITES or (name.endswith("_") and not name.endswith("__")):
         yield from args[0] if args and isinstance(args[0], (tuple, list)) else args[:1]
     elif kwargs.get("inplace") is True:
@@ -179,7 +174,7 @@ _WRITES = {
     "__setitem__",
     "__set__",
 }
-_RAW = {"data_ptr", "untyped_storage", "storage", "_typed_storage", "__dlpack__"}
+_RAW = {"data_ptr", "untyped_storage", "storage", "__dlpack__"}
 _ATTRIBUTES = [
     "shape",
     "dtype",
