@@ -481,7 +481,7 @@ MUTANTS = [
     Mutant(
         "threads that share a module through a function that uses it",
         "evaluators/workers/copies.py",
-        "    return any(_uses_module(part, seen) for part in _parts(value))\n",
+        "    return any(_uses_module(part, seen) for part in held)\n",
         "    return any(isinstance(part, torch.nn.Module) for part in _parts(value))\n",
         (POOL,),
     ),

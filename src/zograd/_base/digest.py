@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zograd._base.buffers import memory
+from zograd._base.reach import closure, is_array, named_globals
 from zograd._base.torch_private import registries
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Digest:
             self._tag("bytes", bytes(value))
         elif isinstance(value, torch.Tensor):
             self._tensor(value)
-        elif _is_numpy(value):
+        elif is_array(value):
             self._array(value)
         elif isinstance(value, torch.nn.Module):
             self._module(value)
@@ -175,10 +176,7 @@ class Digest:
         if not isinstance(fn, types.FunctionType):
             self._object(fn, type(fn).__call__)
             return
-        code = fn.__code__
-        cells = {n: c.cell_contents for n, c in zip(code.co_freevars, fn.__closure__ or (), strict=True) if _filled(c)}
-        read = {name: fn.__globals__[name] for name in code.co_names if name in fn.__globals__}
-        self._known({**read, **cells}, _stored(fn))
+        self._known({**named_globals(fn), **closure(fn)}, _stored(fn))
         self._known(dict(enumerate(fn.__defaults__ or ())), set())
         self._known(fn.__kwdefaults__ or {}, set())
 
@@ -205,25 +203,12 @@ def _is_plain(value: Any) -> bool:
     return (
         type(value) in (*_BY_TEXT, float, bytes)
         or isinstance(value, (torch.Tensor, torch.nn.Module))
-        or _is_numpy(value)
+        or is_array(value)
     )
-
-
-def _is_numpy(value: Any) -> bool:
-    """An array or a number of numpy, which need not be there."""
-    return type(value).__module__.split(".")[0] == "numpy" and hasattr(value, "tobytes")
 
 
 def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 - an empty cell raises
-    except ValueError:
-        return False
-    return True
 
 
 def code_of(fn: Any) -> str:

@@ -7,7 +7,6 @@ reach the next.
 
 from __future__ import annotations
 
-import collections
 import copy
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -16,20 +15,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from zograd._base.reach import CONTAINERS
 from zograd._base.torch_private import REGISTRIES, registries, viewed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-_CONTAINERS = (
-    dict,
-    collections.OrderedDict,
-    collections.defaultdict,
-    collections.Counter,
-    list,
-    set,
-    collections.deque,
-)
 
 
 class Replica:
@@ -96,7 +86,7 @@ class Replica:
             return MethodType(value.__func__, self._twins.get(id(value.__self__), value.__self__))
         if type(value) is tuple:
             return self._remember(value, tuple(map(self._mapped, value)))
-        if type(value) in _CONTAINERS:
+        if type(value) in CONTAINERS:
             twin = self._remember(value, copy.copy(value))
             self._containers.append((value, twin))
             _fill(twin, self._mapped, value)
@@ -134,7 +124,7 @@ class Replica:
             return self._originals[id(value)]
         if type(value) is tuple:
             return tuple(map(self._given_back, value))
-        if type(value) in _CONTAINERS:
+        if type(value) in CONTAINERS:
             fresh = copy.copy(value)
             _fill(fresh, self._given_back, value)
             return fresh

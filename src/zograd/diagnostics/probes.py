@@ -16,7 +16,7 @@ import torch
 from zograd._base.streams import TorchStream, plain_call
 from zograd._base.torch_private import writes
 from zograd.diagnostics.subject import Given, Subject
-from zograd.diagnostics.watch import RandomStates, Reach
+from zograd.diagnostics.watch import Picture, RandomStates
 from zograd.errors import NonFiniteError
 from zograd.evaluators.task.returned import as_tensor
 from zograd.evaluators.vmap import in_one_call
@@ -65,11 +65,11 @@ def calls(subject: Subject) -> Calls:
     entered: list[Any] = []
     subject.before = lambda args, kwargs: entered.append(_Entered(subject, args, kwargs))
     point, state = tuple(p.clone() for p in subject.params), RandomStates(subject.space.device)
-    reach = subject.reach()
+    picture = subject.picture()
     try:
         first, seconds = _timed(subject, point)
         draws = state.moved()
-        changed = (*reach.changed(), *entered[-1].changed())
+        changed = (*picture.changed(), *entered[-1].changed())
     finally:
         subject.before = None
     written = not all(map(torch.equal, point, subject.params)) or entered[-1].wrote(point)
@@ -97,17 +97,13 @@ class _Entered:
         chosen = set(subject.arguments.form.argnums)
         named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         self._others = {f"argument {i}": x for i, x in named.items() if i not in chosen}
-        self._reach = Reach(_nothing, self._others)
+        self._picture = Picture(None, self._others)
 
     def changed(self) -> tuple[str, ...]:
-        return self._reach.changed()
+        return self._picture.changed()
 
     def wrote(self, point: Leaves) -> bool:
         return any(writes(p) > 0 and not p.requires_grad for p in point)
-
-
-def _nothing() -> None:
-    """A function that reaches nothing."""
 
 
 def _timed(subject: Subject, point: Leaves | None) -> tuple[float, float]:

@@ -98,11 +98,11 @@ def check(
         subject = Subject(fn, args, kwargs, chosen, budget)
         if subject.space.device.type != "cpu":
             states = RandomStates(subject.space.device)
-        reach = subject.reach()
+        picture = subject.picture()
         try:
             return _Examination(subject, seed).report()
         finally:
-            reach.restore()
+            picture.restore()
     finally:
         states.restore()
 

@@ -11,7 +11,7 @@ from torch import nn
 from zograd._base.replica import Replica
 from zograd._base.streams import TorchStream, plain_call
 from zograd._base.trees import Arguments, Space, flatten, sigma_per_leaf, unsupported
-from zograd.diagnostics.watch import Reach
+from zograd.diagnostics.watch import Picture
 from zograd.distributions.directions import Directions
 from zograd.distributions.gaussian import Gaussian
 from zograd.evaluators.task.answer import Facts
@@ -128,9 +128,9 @@ class Subject:
             raise OutOfBudgetError
         self.evaluations += evaluations
 
-    def reach(self) -> Reach:
+    def picture(self) -> Picture:
         """A picture of what the function can reach beside its arguments."""
-        return Reach(self.fn, {"the module": self.given} if isinstance(self.given, nn.Module) else {})
+        return Picture(self.fn, {"the module": self.given} if isinstance(self.given, nn.Module) else {})
 
     def objective(self, *, judges: bool = True) -> Objective:
         """Return what evaluators and estimates take."""

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zograd._base.isolation import leaves_traces
+from zograd._base.reach import MANY, closure, defaults, named_globals, of_library
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 _HOLDERS = (list, tuple, dict)
-_FEW = 1000  # entries of such a thing up to which it is looked through: more are data
-_LIBRARIES = ("torch", "zograd", "numpy")  # whose functions use no module of the caller's
 
 
 def private(fn: Callable[..., Any], leaves: list[Any]) -> tuple[Callable[..., Any], list[Any]]:
@@ -82,7 +81,11 @@ class _Twins:
 
     def _twin(self, fn: types.FunctionType) -> types.FunctionType:
         old = fn.__closure__ or ()
-        cells = [types.CellType() if _uses_module(_content(cell)) else cell for cell in old]
+        held = closure(fn)
+        cells = [
+            types.CellType() if _uses_module(held.get(name)) else cell
+            for name, cell in zip(fn.__code__.co_freevars, old, strict=True)
+        ]
         scope = self._scopes.setdefault(id(fn.__globals__), dict(fn.__globals__))
         twin = types.FunctionType(fn.__code__, scope, fn.__name__, None, tuple(cells) or None)
         self._functions[id(fn)] = twin  # before its parts, which may name it
@@ -92,7 +95,7 @@ class _Twins:
         for mine, theirs in zip(cells, old, strict=True):
             if mine is not theirs:
                 mine.cell_contents = self.part(theirs.cell_contents)
-        scope.update({name: self.part(value) for name, value in _named(fn)})
+        scope.update({name: self.part(value) for name, value in named_globals(fn).items()})
         return twin
 
 
@@ -101,41 +104,10 @@ def _uses_module(value: Any, seen: set[int] | None = None) -> bool:
         return True
     if type(value) in _HOLDERS:
         inside = value.values() if type(value) is dict else value
-        return len(value) <= _FEW and any(isinstance(part, torch.nn.Module) for part in inside)
+        return len(value) <= MANY and any(isinstance(part, torch.nn.Module) for part in inside)
     seen = set() if seen is None else seen
-    if not isinstance(value, types.FunctionType) or id(value) in seen or _of_library(value):
+    if not isinstance(value, types.FunctionType) or id(value) in seen or of_library(value):
         return False
     seen.add(id(value))
-    return any(_uses_module(part, seen) for part in _parts(value))
-
-
-def _of_library(fn: types.FunctionType) -> bool:
-    return (fn.__module__ or "").split(".")[0] in _LIBRARIES
-
-
-def _parts(fn: types.FunctionType) -> Iterator[Any]:
-    """What a function uses besides its arguments."""
-    yield from map(_content, fn.__closure__ or ())
-    yield from fn.__defaults__ or ()
-    yield from (fn.__kwdefaults__ or {}).values()
-    yield from (part for _, part in _named(fn))
-
-
-def _named(fn: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """The globals that a function names, itself or in what it defines inside."""
-    for name in _names(fn.__code__):
-        if name in fn.__globals__:
-            yield name, fn.__globals__[name]
-
-
-@functools.lru_cache(maxsize=1024)
-def _names(code: types.CodeType) -> frozenset[str]:
-    inner = [_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    return frozenset(code.co_names).union(*inner)
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
+    held = (*closure(value).values(), *defaults(value).values(), *named_globals(value).values())
+    return any(_uses_module(part, seen) for part in held)
