@@ -304,21 +304,21 @@ MUTANTS = [
     ),
     Mutant(
         "a check's squared length with its noise",
-        "diagnostics/sweep.py",
+        "estimate/statistics.py",
         "    off = gram.sum() - gram.trace()\n    square = float(off) / (num * (num - 1))",
         "    off = gram.sum() - gram.trace()\n    square = float(gram.sum()) / num**2",
         (CHECK,),
     ),
     Mutant(
         "a check that looks at vmap but does not compare",
-        "diagnostics/probes.py",
+        "diagnostics/function/probes.py",
         "    same = difference <= _VMAP_TOLERANCE",
         "    same = difference <= math.inf or difference <= _VMAP_TOLERANCE",
         (CHECK,),
     ),
     Mutant(
         "covariance checked along vectors only",
-        "diagnostics/moments.py",
+        "diagnostics/distribution/moments.py",
         "        if diagonal is not None:",
         "        if diagonal is None:",
         (CHECK_DISTRIBUTION,),
@@ -482,7 +482,7 @@ MUTANTS = [
         "threads that share a module through a function that uses it",
         "evaluators/workers/copies.py",
         "    return any(_uses_module(part, seen) for part in held)\n",
-        "    return any(isinstance(part, torch.nn.Module) for part in _parts(value))\n",
+        "    return any(isinstance(part, torch.nn.Module) for part in held)\n",
         (POOL,),
     ),
     Mutant(

@@ -13,7 +13,7 @@ from torch import nn
 import zograd
 from zograd import ANTITHETIC, zero_order
 from zograd.diagnostics import check
-from zograd.diagnostics.advice import orthogonal
+from zograd.diagnostics.function.advice import orthogonal
 from zograd.distributions import Gaussian, Rademacher
 
 X = torch.linspace(-1, 1.5, 12)

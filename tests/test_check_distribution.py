@@ -7,8 +7,8 @@ import torch
 
 import zograd
 from zograd.diagnostics import check_distribution
-from zograd.diagnostics import distribution as module
-from zograd.diagnostics.moments import student
+from zograd.diagnostics.distribution import check as module
+from zograd.diagnostics.distribution.moments import student
 from zograd.distributions import (
     Coordinate,
     Dense,

@@ -110,7 +110,7 @@ FOLDERS = sorted({path.parent.relative_to(SOURCE).as_posix().replace("/", ".") f
 @pytest.mark.parametrize("folder", [f for f in FOLDERS if not f.startswith("compat")])
 def test_a_folder_is_three_floors_high_at_most(folder):
     height, heights = height_of(folder)
-    assert height <= HIGHER.get(folder, HEIGHT), f"{folder}: {heights}"
+    assert height <= HEIGHT, f"{folder}: {heights}"
 
 
 def test_there_are_no_cycles():

@@ -3,10 +3,10 @@
 Nothing here is needed for a gradient; it tells how good one is.
 """
 
-from zograd.diagnostics.advice import Need, Suggestion
-from zograd.diagnostics.distribution import DistributionReport, Finding, check_distribution
-from zograd.diagnostics.probes import Calls, Noise, Pickling, Vectorized
-from zograd.diagnostics.radii import Radius
+from zograd.diagnostics.distribution.check import DistributionReport, Finding, check_distribution
+from zograd.diagnostics.function.advice import Need, Suggestion
+from zograd.diagnostics.function.probes import Calls, Noise, Pickling, Vectorized
+from zograd.diagnostics.function.radii import Radius
 from zograd.diagnostics.report import Autograd, CheckReport
 from zograd.diagnostics.run import check
 

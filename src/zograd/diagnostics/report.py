@@ -8,13 +8,13 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zograd.diagnostics.table import table
+from zograd.diagnostics.distribution.table import table
 
 if TYPE_CHECKING:
-    from zograd.diagnostics.advice import Need, Suggestion
-    from zograd.diagnostics.distribution import DistributionReport
-    from zograd.diagnostics.probes import Calls, Noise, Pickling, Vectorized
-    from zograd.diagnostics.radii import Radius
+    from zograd.diagnostics.distribution.check import DistributionReport
+    from zograd.diagnostics.function.advice import Need, Suggestion
+    from zograd.diagnostics.function.probes import Calls, Noise, Pickling, Vectorized
+    from zograd.diagnostics.function.radii import Radius
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zograd._base import checks
-from zograd.diagnostics import advice, probes, radii
-from zograd.diagnostics.distribution import check_distribution
+from zograd.diagnostics.distribution.check import check_distribution
+from zograd.diagnostics.function import advice, probes, radii
+from zograd.diagnostics.function.subject import Subject
+from zograd.diagnostics.function.sweep import SCHEMES, Samples, measure, sample, square_of
+from zograd.diagnostics.function.watch import Picture, RandomStates
 from zograd.diagnostics.report import Autograd, CheckReport
-from zograd.diagnostics.subject import Subject
-from zograd.diagnostics.sweep import SCHEMES, Cloud, Samples, cloud, sample, square_of
-from zograd.diagnostics.watch import RandomStates
 from zograd.distributions.gaussian import Gaussian
 from zograd.sampling import Until
 from zograd.schemes import ANTITHETIC
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from zograd.distributions.base import Distribution
+    from zograd.estimate.statistics import Length
 
 LEAST_BUDGET = 120
 _INTEGER = "an integer"  # the words for an int in the errors of `check`
@@ -98,7 +99,7 @@ def check(
         subject = Subject(fn, args, kwargs, chosen, budget)
         if subject.space.device.type != "cpu":
             states = RandomStates(subject.space.device)
-        picture = subject.picture()
+        picture = Picture(subject.fn, subject.beside)
         try:
             return _Examination(subject, seed).report()
         finally:
@@ -138,7 +139,7 @@ class _Examination:
         final = self._final(best)
         compared, whole = self._beside_autograd(final), None
         if best is not None and final is not None:
-            ours = cloud(final, final.coefficients(ANTITHETIC))
+            ours = measure(final, final.coefficients(ANTITHETIC))
             whole = self._known(ours, compared) or square_of(final, ours, smooth=radii.smooth(best, sweep))
         needed = advice.needs(final, whole) if final is not None and whole is not None else {}
         given_cosine = self._given_cosine(sweep)
@@ -228,7 +229,7 @@ class _Examination:
         if gradient.flat is None or mean is None or final is None:
             return Autograd(False, gradient.error or "no sigma works")
         flat = mean.double().cpu()
-        off = cloud(final, final.coefficients(ANTITHETIC) - final.slopes(gradient.flat))
+        off = measure(final, final.coefficients(ANTITHETIC) - final.slopes(gradient.flat))
         length = float(flat.norm())
         along = off.groups @ flat / length**2
         error = float(along.std()) / math.sqrt(len(along))
@@ -237,7 +238,7 @@ class _Examination:
         cosine = scale / math.sqrt(square) if square > 0 else math.nan
         return Autograd(True, None, max(-1.0, min(1.0, cosine)), scale, error)
 
-    def _known(self, ours: Cloud, compared: Autograd) -> Cloud | None:
+    def _known(self, ours: Length, compared: Autograd) -> Length | None:
         """With the length that follows from autograd's gradient and the bias, which are known better than by chance."""
         mean = self._mean()
         if mean is None or not compared.cosine > 0:
@@ -250,14 +251,14 @@ class _Examination:
         at = next((r for r in sweep if r.sigma == self.given and r.samples is not None), None)
         if options is None or at is None or at.samples is None or options.method not in SCHEMES:
             return None
-        ours = cloud(at.samples, at.samples.coefficients(ANTITHETIC))
+        ours = measure(at.samples, at.samples.coefficients(ANTITHETIC))
         ours = square_of(at.samples, ours, smooth=radii.smooth(at, sweep))
-        one = cloud(at.samples, at.samples.coefficients(options.method)).replace(ours.square, ours.square_error)
+        one = measure(at.samples, at.samples.coefficients(options.method)).replace(ours.square, ours.square_error)
         num = options.num_samples
         return one.cosine(num.bound if isinstance(num, Until) else num or self.subject.space.dim)
 
     def _suggest(
-        self, best: radii.Radius | None, needed: dict[str, advice.Need], whole: Cloud | None
+        self, best: radii.Radius | None, needed: dict[str, advice.Need], whole: Length | None
     ) -> advice.Suggestion:
         found = self.found
         name, why = advice.evaluator(found.calls, found.pickling, found.vectorized, batched=self.subject.batched)
@@ -346,7 +347,7 @@ def _cheapest(needed: dict[str, advice.Need], calls: probes.Calls) -> str:
     return min(needed.values(), key=lambda need: need.evaluations).method
 
 
-def _unresolved(whole: Cloud) -> str:
+def _unresolved(whole: Length) -> str:
     if math.isinf(whole.at_least()):
         return "no gradient shows"
     return f"no gradient shows above the noise in these evaluations; N is more than {whole.at_least():.3g}"

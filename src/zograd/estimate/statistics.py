@@ -238,3 +238,70 @@ def _halves(groups: Groups, only: Callable[[torch.Tensor], torch.Tensor]) -> Hal
 def _from(groups: Groups, weights: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The estimate from some of the directions, with weights that are zero at the others."""
     return contract(groups.directions, groups.sigma, weights * (len(kept) / groups.among(kept)))
+
+
+@dataclass(frozen=True)
+class Length:
+    """What the estimates of one vector by independent groups of directions tell about its length.
+
+    Args:
+        square: the squared length, unbiased: the mean product of two groups' estimates.
+        square_error: its standard error, by a jackknife over groups.
+        variance: of one direction's estimate, the trace.
+        groups: the groups' estimates, float64 of shape (groups, size).
+    """
+
+    square: float
+    square_error: float
+    variance: float
+    groups: torch.Tensor
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the vector shows above the noise."""
+        return self.square > 2 * self.square_error
+
+    def replace(self, square: float, error: float) -> Length:
+        """The same with a squared length that is known from elsewhere."""
+        return Length(square, error, self.variance, self.groups)
+
+    def most(self) -> float:
+        """What its squared length hardly exceeds."""
+        return max(self.square, 0.0) + 2 * self.square_error
+
+    def directions_needed(self, cosine: float = 0.9) -> float:
+        """N for a mean of that cosine: E|mean|^2 = |g|^2 + V/N; infinite where the vector does not show."""
+        return self.variance / self.square * _odds(cosine) if self.resolved else math.inf
+
+    def at_least(self, cosine: float = 0.9) -> float:
+        """What that hardly falls short of."""
+        most = self.most()
+        return self.variance / most * _odds(cosine) if most else math.inf
+
+    def cosine(self, num: int) -> float:
+        """What to expect of an estimate with so many directions."""
+        square = max(self.square, 0.0)
+        return math.sqrt(square / (square + self.variance / num)) if square else 0.0
+
+
+def length_of(means: torch.Tensor, directions: int) -> Length:
+    """Return what the estimates of some groups tell about the length of their mean.
+
+    Args:
+        means: float64, of shape (groups, size of a direction).
+        directions: how many there are in all groups.
+
+    Returns:
+        The length.
+    """
+    num, gram = len(means), means @ means.T
+    off = gram.sum() - gram.trace()
+    square = float(off) / (num * (num - 1))
+    without = (off - 2 * (gram.sum(dim=1) - gram.diagonal())) / ((num - 1) * (num - 2))
+    error = math.sqrt(float((without - without.mean()).square().sum()) * (num - 1) / num)
+    within = max(0.0, float(gram.trace() - gram.sum() / num)) / (num - 1)
+    return Length(square, error, within * directions / num, means)
+
+
+def _odds(cosine: float) -> float:
+    return cosine**2 / (1 - cosine**2)

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zograd.diagnostics.subject import OutOfBudgetError
-from zograd.diagnostics.sweep import Cloud, Samples, cloud, sample
+from zograd.diagnostics.function.subject import OutOfBudgetError
+from zograd.diagnostics.function.sweep import Samples, measure, sample
 from zograd.errors import EvaluationError
 from zograd.schemes import ANTITHETIC
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from zograd.diagnostics.subject import Subject
+    from zograd.diagnostics.function.subject import Subject
     from zograd.distributions.base import Distribution
+    from zograd.estimate.statistics import Length
 
 _POINTS = 9
 _FLAT = 1.5  # scores within this factor of the best are as good
@@ -47,7 +48,7 @@ class Radius:
     error: str | None = None
     is_reference: bool = False
     samples: Samples | None = field(default=None, repr=False, compare=False)
-    cloud: Cloud | None = field(default=None, repr=False, compare=False)
+    length: Length | None = field(default=None, repr=False, compare=False)
 
 
 def grid(subject: Subject, given: float | None, num: int) -> list[float]:
@@ -69,14 +70,14 @@ def look(
     radii = tuple(sigma * u for u in unit)
     try:
         samples = sample(subject, distribution, radii, num, seed=_SEED, vmapped=vmapped)
-        found = cloud(samples, samples.coefficients(ANTITHETIC))
+        found = measure(samples, samples.coefficients(ANTITHETIC))
     except OutOfBudgetError:
         return Radius(sigma, error="not looked at: the budget was spent")
     except Exception as error:  # fn's own at some point, or a value that is not finite
         own = error.__cause__ if isinstance(error, EvaluationError) and error.__cause__ else error
         return Radius(sigma, error=f"{type(own).__name__}: {own}")
     signal = math.sqrt(found.square) if found.resolved else 0.0
-    return Radius(sigma, signal, samples=samples, cloud=found)
+    return Radius(sigma, signal, samples=samples, length=found)
 
 
 _SEED = 1  # one for all sigmas, so that the same directions are compared
@@ -140,23 +141,23 @@ def _rms(r: Radius) -> float:
 
 def _filled(r: Radius, gradient: torch.Tensor | None, reference: Radius | None, length: float) -> Radius:
     assert r.samples is not None
-    assert r.cloud is not None
+    assert r.length is not None
     if gradient is not None:
         expected = r.samples.slopes(gradient)
     else:
         assert reference is not None
         assert reference.samples is not None
         expected = reference.samples.coefficients(ANTITHETIC)
-    off = cloud(r.samples, r.samples.coefficients(ANTITHETIC) - expected)
+    off = measure(r.samples, r.samples.coefficients(ANTITHETIC) - expected)
     return Radius(
         r.sigma,
         r.signal,
         math.sqrt(max(off.square, 0.0)) / length,
         math.sqrt(off.most()) / length,
-        math.sqrt(r.cloud.variance) / length,
+        math.sqrt(r.length.variance) / length,
         is_reference=gradient is None and r is reference,
         samples=r.samples,
-        cloud=r.cloud,
+        length=r.length,
     )
 
 

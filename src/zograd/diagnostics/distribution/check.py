@@ -12,8 +12,8 @@ import torch
 
 from zograd._base import checks
 from zograd._base.trees import Space, take_apart
-from zograd.diagnostics.moments import Moments, Samplings, dense, student
-from zograd.diagnostics.table import table
+from zograd.diagnostics.distribution.moments import Moments, Samplings, dense, student
+from zograd.diagnostics.distribution.table import table
 from zograd.distributions.adapter import DistributionLike, Sampled, adapt
 from zograd.distributions.directions import Directions
 

@@ -15,8 +15,8 @@ import torch
 
 from zograd._base.streams import TorchStream, plain_call
 from zograd._base.torch_private import writes
-from zograd.diagnostics.subject import Given, Subject
-from zograd.diagnostics.watch import Picture, RandomStates
+from zograd.diagnostics.function.subject import Given, Subject
+from zograd.diagnostics.function.watch import Picture, RandomStates
 from zograd.errors import NonFiniteError
 from zograd.evaluators.task.returned import as_tensor
 from zograd.evaluators.vmap import in_one_call
@@ -65,7 +65,7 @@ def calls(subject: Subject) -> Calls:
     entered: list[Any] = []
     subject.before = lambda args, kwargs: entered.append(_Entered(subject, args, kwargs))
     point, state = tuple(p.clone() for p in subject.params), RandomStates(subject.space.device)
-    picture = subject.picture()
+    picture = Picture(subject.fn, subject.beside)
     try:
         first, seconds = _timed(subject, point)
         draws = state.moved()

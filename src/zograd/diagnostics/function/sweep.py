@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zograd.diagnostics.subject import OutOfBudgetError
+from zograd.diagnostics.function.subject import OutOfBudgetError
 from zograd.distributions.directions import project
 from zograd.errors import ZeroOrderWarning
 from zograd.estimate.estimate import estimate
 from zograd.estimate.settings import Settings
+from zograd.estimate.statistics import Length, length_of
 from zograd.evaluators import Batched, Evaluator, Loop, Vmap
 from zograd.schemes import ANTITHETIC, FORWARD, NAIVE, Scheme
 
 if TYPE_CHECKING:
-    from zograd.diagnostics.subject import Subject
+    from zograd.diagnostics.function.subject import Subject
     from zograd.distributions.base import Distribution
     from zograd.distributions.directions import Directions
 
@@ -85,51 +86,14 @@ def sample(
     return Samples(max(radii), radii, made.directions, made.center.item(), made.values.cpu())
 
 
-@dataclass(frozen=True)
-class Cloud:
-    """Estimates of one vector by independent groups of directions, and what they tell about it."""
-
-    square: float  # of the mean's length, unbiased
-    square_error: float  # its standard error, by jackknife
-    variance: float  # of one direction's estimate, the trace
-    groups: torch.Tensor  # (groups, d) the groups' estimates
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the vector shows above the noise."""
-        return self.square > 2 * self.square_error
-
-    def replace(self, square: float, error: float) -> Cloud:
-        """The same with a squared length that is known from elsewhere."""
-        return Cloud(square, error, self.variance, self.groups)
-
-    def most(self) -> float:
-        """What its squared length hardly exceeds."""
-        return max(self.square, 0.0) + 2 * self.square_error
-
-    def directions_needed(self, cosine: float = 0.9) -> float:
-        """N for a mean of that cosine: E|mean|^2 = |g|^2 + V/N; infinite where the vector does not show."""
-        return self.variance / self.square * _odds(cosine) if self.resolved else math.inf
-
-    def at_least(self, cosine: float = 0.9) -> float:
-        """What that hardly falls short of."""
-        most = self.most()
-        return self.variance / most * _odds(cosine) if most else math.inf
-
-    def cosine(self, num: int) -> float:
-        """What to expect of an estimate with so many directions."""
-        square = max(self.square, 0.0)
-        return math.sqrt(square / (square + self.variance / num)) if square else 0.0
-
-
-def square_of(samples: Samples, one: Cloud, *, smooth: bool) -> Cloud:
-    """The cloud with the best guess at the vector's squared length.
+def square_of(samples: Samples, one: Length, *, smooth: bool) -> Length:
+    """Return the best guess at the vector's length.
 
     Where it does not show in the products of groups, and the function is smooth at this sigma, the mean square of the
     slopes serves: of a linear function that is what they are.
 
     Returns:
-        The cloud, or one with that length.
+        That, or what was given.
     """
     if one.resolved or not smooth:
         return one
@@ -137,11 +101,7 @@ def square_of(samples: Samples, one: Cloud, *, smooth: bool) -> Cloud:
     return one.replace(float(squares.mean()), float(squares.std()) / math.sqrt(len(squares)))
 
 
-def _odds(cosine: float) -> float:
-    return cosine**2 / (1 - cosine**2)
-
-
-def cloud(samples: Samples, coefficients: torch.Tensor) -> Cloud:
+def measure(samples: Samples, coefficients: torch.Tensor) -> Length:
     """Group the directions and estimate by each group alone.
 
     Args:
@@ -154,14 +114,8 @@ def cloud(samples: Samples, coefficients: torch.Tensor) -> Cloud:
     size = samples.directions.space.size
     num = min(len(samples), max(4, min(_MOST, _VALUES // size)), max(_GROUPS, _SMALL // size))
     bounds = [len(samples) * k // num for k in range(num + 1)]
-    groups = torch.stack([_mean(samples, coefficients, lo, hi) for lo, hi in itertools.pairwise(bounds)])
-    gram = groups @ groups.T
-    off = gram.sum() - gram.trace()
-    square = float(off) / (num * (num - 1))
-    without = (off - 2 * (gram.sum(dim=1) - gram.diagonal())) / ((num - 1) * (num - 2))
-    error = math.sqrt(float((without - without.mean()).square().sum()) * (num - 1) / num)
-    within = max(0.0, float(gram.trace() - gram.sum() / num)) / (num - 1)
-    return Cloud(square, error, within * len(samples) / num, groups)
+    means = torch.stack([_mean(samples, coefficients, lo, hi) for lo, hi in itertools.pairwise(bounds)])
+    return length_of(means, len(samples))
 
 
 def _mean(samples: Samples, coefficients: torch.Tensor, lo: int, hi: int) -> torch.Tensor:

@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zograd.diagnostics.sweep import SCHEMES, Cloud, Samples, cloud
+from zograd.diagnostics.function.sweep import SCHEMES, Samples, measure
+from zograd.estimate.statistics import Length
 from zograd.schemes import ANTITHETIC
 
 if TYPE_CHECKING:
-    from zograd.diagnostics.probes import Calls, Pickling, Vectorized
+    from zograd.diagnostics.function.probes import Calls, Pickling, Vectorized
 
 _SLOW = 1e-3  # seconds: what handing a point to another process may cost
 _FASTER = 1.2
@@ -53,7 +54,7 @@ class Suggestion:
     reasons: tuple[str, ...]
 
 
-def needs(samples: Samples, ours: Cloud) -> dict[str, Need]:
+def needs(samples: Samples, ours: Length) -> dict[str, Need]:
     """What each method would take, all from the same values.
 
     Args:
@@ -66,8 +67,8 @@ def needs(samples: Samples, ours: Cloud) -> dict[str, Need]:
     """
     found = {}
     for scheme in SCHEMES:
-        variance = ours.variance if scheme is ANTITHETIC else cloud(samples, samples.coefficients(scheme)).variance
-        shared = Cloud(ours.square, ours.square_error, variance, ours.groups)
+        variance = ours.variance if scheme is ANTITHETIC else measure(samples, samples.coefficients(scheme)).variance
+        shared = Length(ours.square, ours.square_error, variance, ours.groups)
         num, least = shared.directions_needed(), shared.at_least()
         name = scheme.name.lower()
         found[name] = Need(name, num, least, 1 + len(scheme.sides) * (num if math.isfinite(num) else least))

@@ -11,7 +11,6 @@ from torch import nn
 from zograd._base.replica import Replica
 from zograd._base.streams import TorchStream, plain_call
 from zograd._base.trees import Arguments, Space, flatten, sigma_per_leaf, unsupported
-from zograd.diagnostics.watch import Picture
 from zograd.distributions.directions import Directions
 from zograd.distributions.gaussian import Gaussian
 from zograd.evaluators.task.answer import Facts
@@ -128,9 +127,10 @@ class Subject:
             raise OutOfBudgetError
         self.evaluations += evaluations
 
-    def picture(self) -> Picture:
-        """A picture of what the function can reach beside its arguments."""
-        return Picture(self.fn, {"the module": self.given} if isinstance(self.given, nn.Module) else {})
+    @property
+    def beside(self) -> dict[str, Any]:
+        """What belongs to the function and is none of its arguments, by name."""
+        return {"the module": self.given} if isinstance(self.given, nn.Module) else {}
 
     def objective(self, *, judges: bool = True) -> Objective:
         """Return what evaluators and estimates take."""
