@@ -41,8 +41,11 @@ def timed(run, seconds, device):
 
 def measure(name, rounds, seconds, device):
     workload = WORKLOADS[name](device)
-    runs, targets, missing = {}, {}, []
+    runs, targets, missing, unable = {}, {}, [], []
     for system, (make, target) in systems(workload, name).items():
+        if make is None:
+            unable.append(system)
+            continue
         run = make()
         if run is None:
             missing.append(system)
@@ -64,7 +67,8 @@ def measure(name, rounds, seconds, device):
         }
         for system in runs
     }
-    return {"workload": workload.name, "size": workload.size, "num": workload.num, "missing": missing, "systems": rows}
+    report = {"workload": workload.name, "size": workload.size, "num": workload.num, "missing": missing}
+    return report | {"unable": unable, "systems": rows}
 
 
 def spread(reference, times):
@@ -95,6 +99,8 @@ def show(result):
         print("; ".join([line, *verdicts(row)]), flush=True)
     for system in result["missing"]:
         print(f"  {system:34} not installed")
+    for system in result["unable"]:
+        print(f"  {system:34}         n/a")
 
 
 def picture(results, path):
