@@ -127,7 +127,7 @@ def picture(results, path):
             1.06 * max(ratio, target or 0), k, f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}", va="center", fontsize=8
         )
         if target:
-            label = "the project's own aim" if k == 0 else None
+            label = None if any(b[2] for b in bars[:k]) else "the project's own aim"
             axes.plot([target, target], [k - 0.38, k + 0.38], color="tab:orange", label=label)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
@@ -136,7 +136,8 @@ def picture(results, path):
     axes.set_xlabel("TorchOpt's time over zograd's, antithetic, the same N;\none thread but for \"second core\"")
     axes.tick_params(axis="y", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    if any(b[2] for b in bars):
+        axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -122,7 +122,13 @@ class Holder(Classifier):
 
     def __init__(self, network, labels):
         super().__init__(network, labels)
-        kinds = (float, str, lambda k: [k, str(k)], lambda k: {"at": k, "seen": []}, lambda k: torch.full((8,), 1.0 * k))
+        kinds = (
+            float,
+            str,
+            lambda k: [k, str(k)],
+            lambda k: {"at": k, "seen": []},
+            lambda k: torch.full((8,), 1.0 * k),
+        )
         for k in range(100):
             setattr(self, f"attribute_{k}", kinds[k % len(kinds)](k))
 
