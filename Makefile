@@ -73,12 +73,13 @@ bench-quick: $(BENCH)/.stamp  ## compare speed on the smaller workloads (2 minut
 bench-peers: $(BENCH)/.stamp  ## verify each point of the comparison with other packages (2 minutes)
 	cd benchmarks/peers && OMP_NUM_THREADS=1 ../../$(BENCH_RUN) table.py
 
-# For a row: ONLY="large one"   runs the rows whose names begin with one of these
+# ONLY="large one" runs the rows whose names begin with one of these; ROUNDS=60 lets noisy rows go on for longer.
 BASE ?=
 ONLY ?=
-bench-regression: $(VENV)/.stamp-tests  ## compare speed and memory with an older commit: BASE=<commit> (1 to 2 hours, on an idle machine)
+ROUNDS ?=
+bench-regression: $(VENV)/.stamp-tests  ## compare speed and memory with an older commit: BASE=<commit> (up to 2 hours, on an idle machine)
 	@test -n "$(BASE)" || { echo "make bench-regression BASE=<commit>: the commit to compare with"; exit 2; }
-	OMP_NUM_THREADS=1 $(RUN) benchmarks/regression.py --base $(BASE) $(if $(ONLY),--only $(ONLY))
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/regression.py --base $(BASE) $(if $(ONLY),--only $(ONLY)) $(if $(ROUNDS),--most-rounds $(ROUNDS))
 
 lint: $(VENV)/.stamp-lint  ## check the format and the style
 	$(RUN) -m ruff format --check .
