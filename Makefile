@@ -18,7 +18,7 @@ BENCH_RUN := $(BENCH)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 .DELETE_ON_ERROR:
 # Two pip runs at once would break the environment.
 .NOTPARALLEL:
-.PHONY: help setup test test-statistics mutants chaos demo examples examples-quick bench bench-statistics bench-quick bench-peers notebooks lint format types ci docs docs-test docs-links build clean FORCE
+.PHONY: help setup test test-statistics mutants chaos demo examples examples-quick bench bench-statistics bench-quick bench-peers bench-regression notebooks lint format types ci docs docs-test docs-links build clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' Makefile
@@ -72,6 +72,14 @@ bench-quick: $(BENCH)/.stamp  ## compare speed on the smaller workloads (2 minut
 
 bench-peers: $(BENCH)/.stamp  ## verify each point of the comparison with other packages (2 minutes)
 	cd benchmarks/peers && OMP_NUM_THREADS=1 ../../$(BENCH_RUN) table.py
+
+# ONLY="large one" runs the rows whose names begin with one of these; ROUNDS=60 lets noisy rows go on for longer.
+BASE ?=
+ONLY ?=
+ROUNDS ?=
+bench-regression: $(VENV)/.stamp-tests  ## compare speed and memory with an older commit: BASE=<commit> (up to 2 hours, on an idle machine)
+	@test -n "$(BASE)" || { echo "make bench-regression BASE=<commit>: the commit to compare with"; exit 2; }
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/regression.py --base $(BASE) $(if $(ONLY),--only $(ONLY)) $(if $(ROUNDS),--most-rounds $(ROUNDS))
 
 lint: $(VENV)/.stamp-lint  ## check the format and the style
 	$(RUN) -m ruff format --check .

@@ -41,8 +41,11 @@ def timed(run, seconds, device):
 
 def measure(name, rounds, seconds, device):
     workload = WORKLOADS[name](device)
-    runs, targets, missing = {}, {}, []
+    runs, targets, missing, unable = {}, {}, [], []
     for system, (make, target) in systems(workload, name).items():
+        if make is None:
+            unable.append(system)
+            continue
         run = make()
         if run is None:
             missing.append(system)
@@ -64,7 +67,8 @@ def measure(name, rounds, seconds, device):
         }
         for system in runs
     }
-    return {"workload": workload.name, "size": workload.size, "num": workload.num, "missing": missing, "systems": rows}
+    report = {"workload": workload.name, "size": workload.size, "num": workload.num, "missing": missing}
+    return report | {"unable": unable, "systems": rows}
 
 
 def spread(reference, times):
@@ -95,6 +99,8 @@ def show(result):
         print("; ".join([line, *verdicts(row)]), flush=True)
     for system in result["missing"]:
         print(f"  {system:34} not installed")
+    for system in result["unable"]:
+        print(f"  {system:34}         n/a")
 
 
 def picture(results, path):
@@ -121,7 +127,7 @@ def picture(results, path):
             1.06 * max(ratio, target or 0), k, f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}", va="center", fontsize=8
         )
         if target:
-            label = "the project's own aim" if k == 0 else None
+            label = None if any(b[2] for b in bars[:k]) else "the project's own aim"
             axes.plot([target, target], [k - 0.38, k + 0.38], color="tab:orange", label=label)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
@@ -130,7 +136,8 @@ def picture(results, path):
     axes.set_xlabel("TorchOpt's time over zograd's, antithetic, the same N;\none thread but for \"second core\"")
     axes.tick_params(axis="y", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    if any(b[2] for b in bars):
+        axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -37,6 +37,20 @@ class Empty(torch.autograd.Function):
         return cotangent * ctx.saved_tensors[0]
 
 
+def calls():
+    """The calls that are timed, by name."""
+    x, plain = torch.randn(10, requires_grad=True), torch.randn(10)
+    estimate = zograd.zero_order(method="antithetic", num_samples=1)(fn)
+    no_grad = torch.no_grad()
+    return {
+        "estimate and its gradient": lambda: estimate(x).backward(),
+        "three evaluations": lambda: (fn(plain), fn(plain), fn(plain)),
+        "empty Function and its gradient": lambda: Empty.apply(x)[0].backward(),
+        "decorated call under no_grad": no_grad(lambda: estimate(plain)),
+        "bare call under no_grad": no_grad(lambda: fn(plain)),
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=40)
@@ -44,16 +58,7 @@ def main():
     options = parser.parse_args()
 
     torch.set_num_threads(1)
-    x, plain = torch.randn(10, requires_grad=True), torch.randn(10)
-    estimate = zograd.zero_order(method="antithetic", num_samples=1)(fn)
-    no_grad = torch.no_grad()
-    systems = {
-        "estimate and its gradient": lambda: estimate(x).backward(),
-        "three evaluations": lambda: (fn(plain), fn(plain), fn(plain)),
-        "empty Function and its gradient": lambda: Empty.apply(x)[0].backward(),
-        "decorated call under no_grad": no_grad(lambda: estimate(plain)),
-        "bare call under no_grad": no_grad(lambda: fn(plain)),
-    }
+    systems = calls()
     times = {name: [] for name in systems}
     for _ in range(options.rounds):
         for name, run in systems.items():

@@ -39,6 +39,8 @@ What the figures do not say by themselves:
 - Processor time over elapsed time is given where it was not one core.
 - "Second core" makes the next direction in a second thread (`prefetch`); "signs" is `Rademacher()`; "noise at hand"
   leaves out drawing and summing.
+- "n/a": the package cannot do that work. JAX and evosax take functions of arrays, no torch module; EvoTorch's
+  population goes through `torch.vmap`, which refuses the running statistics of BatchNorm.
 - The JAX programs are compiled as a whole; TorchOpt, EvoTorch and zograd call torch's kernels one by one.
 """
 
@@ -73,9 +75,12 @@ def table(result: dict) -> str:
     rows = sorted(result["systems"].items(), key=lambda item: item[1]["us_per_direction"])
     lines = [f"\n**{result['workload']}**\n", "| | µs a direction | as fast as TorchOpt |", "|---|---|---|"]
     for system, row in rows:
-        ratio = 1.0 if system == BASE else row["ratios"][BASE]["median"]
+        ratio = 1.0 if system == BASE else row["ratios"].get(BASE, {}).get("median")
         cores = f" ({row['cores']:.1f} cores)" if row["cores"] > ALONE else ""
-        lines.append(f"| {system}{cores} | {figure(row['us_per_direction'])} | {figure(ratio)} × |")
+        lines.append(
+            f"| {system}{cores} | {figure(row['us_per_direction'])} | {f'{figure(ratio)} ×' if ratio else 'n/a'} |"
+        )
+    lines += [f"| {system} | n/a | n/a |" for system in result.get("unable", ())]
     return "\n".join(lines) + "\n"
 
 

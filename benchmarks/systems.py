@@ -29,7 +29,7 @@ def ours(workload, distribution=None, evaluator=None):
 
 def ours_on_the_module(workload, distribution, evaluator):
     module = zograd.nn.ZeroOrder(workload.module, distribution, "antithetic", workload.num, SIGMA, evaluator=evaluator)
-    params = list(workload.module.parameters())
+    params = [p for p in workload.module.parameters() if p.requires_grad]
     return lambda: torch.autograd.grad(module(*workload.inputs), params)
 
 
@@ -212,7 +212,10 @@ def evosax_open_es(workload):
 
 
 def systems(workload, name):
-    """The systems of a workload, with the ratios that ours should reach: another's time over ours."""
+    """The systems of a workload, with the ratios that ours should reach: another's time over ours.
+
+    A peer that cannot do this work has None for its function; the workload may be None where names are all one needs.
+    """
     gaussian, signs, low_rank = Gaussian(), Rademacher(), LowRank()
     alone, second = Vmap(prefetch=False), Vmap()
     looped = {
@@ -261,10 +264,19 @@ def systems(workload, name):
                 {INFERENCE: 0.9},
             ),
         },
+        "batch_norm": {"zograd loop": (lambda: ours_on_the_module(workload, gaussian, Loop(prefetch=False)), {})},
+        "backbone": {
+            "zograd loop": (lambda: ours_on_the_module(workload, gaussian, Loop(prefetch=False)), {}),
+            "zograd vmap": (lambda: ours_on_the_module(workload, gaussian, alone), {}),
+        },
+        "attributes": {"zograd loop": (lambda: ours_on_the_module(workload, gaussian, Loop(prefetch=False)), {})},
     }[name]
     others = {TORCHOPT: torchopt, FLOOR: floor}
     if name in ("small100", "small1000", "large"):
         others |= {JAX: jax_pairs, "EvoTorch PGPE": evotorch_pgpe, "evosax Open_ES": evosax_open_es}
     if name in ("large", "transformer"):
         others[INFERENCE] = inference
-    return {system: (functools.partial(make, workload), {}) for system, make in others.items()} | looped
+    if name in ("batch_norm", "backbone", "attributes"):
+        # JAX has no torch modules; EvoTorch's population goes through vmap, which refuses to move running statistics.
+        others |= {JAX: None, "evosax Open_ES": None, "EvoTorch PGPE": None if name == "batch_norm" else evotorch_pgpe}
+    return {system: (make and functools.partial(make, workload), {}) for system, make in others.items()} | looped

@@ -67,6 +67,16 @@ def mlp(device, widths, batch, num, name):
     return Workload(name, loss, params, num, Classifier(network, labels), (x,))
 
 
+def of_module(name, module, inputs, num):
+    """The workload of a module that returns its loss, and the same as a function of its trained parameters."""
+    trained = {k: p.detach().clone().requires_grad_() for k, p in module.named_parameters() if p.requires_grad}
+
+    def loss(ps):
+        return torch.func.functional_call(module, dict(zip(trained, ps, strict=True)), inputs)
+
+    return Workload(name, loss, list(trained.values()), num, module, inputs)
+
+
 class Transformer(torch.nn.Module):
     """An encoder with an embedding and a linear head."""
 
@@ -85,13 +95,49 @@ def transformer(device, num=8):
     torch.manual_seed(0)
     module = Classifier(Transformer().to(device), torch.randint(0, 1000, (4,)).to(device)).train()
     tokens = torch.randint(0, 1000, (4, 64)).to(device)
-    names = [name for name, _ in module.named_parameters()]
-    params = [p.detach().clone().requires_grad_() for p in module.parameters()]
+    return of_module(f"transformer, 10.5M parameters, N = {num}", module, (tokens,), num)
 
-    def loss(ps):
-        return torch.func.functional_call(module, dict(zip(names, ps, strict=True)), (tokens,))
 
-    return Workload(f"transformer, 10.5M parameters, N = {num}", loss, params, num, module, (tokens,))
+def batch_norm(device, num=16):
+    """A convolutional network in training mode: each evaluation moves the running statistics of its three layers."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 16, 3), torch.nn.Conv2d(16, 32, 3), torch.nn.Conv2d(32, 32, 3)]
+    blocks = [x for c in layers for x in (c, torch.nn.BatchNorm2d(c.out_channels), torch.nn.ReLU())]
+    network = torch.nn.Sequential(*blocks, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(32, 10))
+    module = Classifier(network, torch.randint(0, 10, (16,))).to(device).train()
+    return of_module(f"BatchNorm net, N = {num}", module, (torch.randn(16, 3, 16, 16).to(device),), num)
+
+
+def frozen_backbone(device, num=8):
+    """A head of 16,010 parameters on a frozen backbone of 10.2M."""
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(*(x for _ in range(4) for x in (torch.nn.Linear(1600, 1600), torch.nn.ReLU())))
+    network = torch.nn.Sequential(backbone.requires_grad_(False), torch.nn.Linear(1600, 10))
+    module = Classifier(network, torch.randint(0, 10, (4,))).to(device)
+    return of_module(f"frozen backbone of 10M, N = {num}", module, (torch.randn(4, 1600).to(device),), num)
+
+
+class Holder(Classifier):
+    """A classifier that holds 100 attributes beside its network: numbers, names, lists, dicts and tensors."""
+
+    def __init__(self, network, labels):
+        super().__init__(network, labels)
+        kinds = (
+            float,
+            str,
+            lambda k: [k, str(k)],
+            lambda k: {"at": k, "seen": []},
+            lambda k: torch.full((8,), 1.0 * k),
+        )
+        for k in range(100):
+            setattr(self, f"attribute_{k}", kinds[k % len(kinds)](k))
+
+
+def attributes(device, num=16):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    module = Holder(network, torch.randint(0, 10, (32,))).to(device)
+    return of_module(f"100 attributes, N = {num}", module, (torch.randn(32, 8).to(device),), num)
 
 
 WORKLOADS = {
@@ -103,4 +149,7 @@ WORKLOADS = {
     "small1000": lambda device: mlp(device, (8, 64, 64, 10), 32, 1000, "MLP 64-64, N = 1000"),
     "large": lambda device: mlp(device, (512, 1024, 512, 10), 64, 32, "MLP, 1.05M parameters, N = 32"),
     "transformer": transformer,
+    "batch_norm": batch_norm,
+    "backbone": frozen_backbone,
+    "attributes": attributes,
 }

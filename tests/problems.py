@@ -9,10 +9,18 @@ from statistics import NormalDist
 
 import torch
 
-from zograd import ANTITHETIC, FORWARD, FOURTH_ORDER, NAIVE
+from zograd import ANTITHETIC, FORWARD, FOURTH_ORDER, NAIVE, zero_order
 from zograd.distributions import Dense
 
 SCHEMES = (NAIVE, FORWARD, ANTITHETIC, FOURTH_ORDER)
+
+# The class of `estimate.directions`, for tests that need directions and no estimate.
+Directions = type(zero_order(seed=0)(torch.sum).estimate(torch.zeros(1)).directions)
+
+
+def adapted(distribution):
+    """Return what an estimate makes of its ``distribution=``."""
+    return zero_order(distribution)(torch.sum).options.distribution
 
 
 def phi(z):

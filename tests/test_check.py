@@ -12,6 +12,7 @@ from torch import nn
 
 import zograd
 from zograd import ANTITHETIC, zero_order
+from zograd._base.trees import Space
 from zograd.diagnostics import check
 from zograd.diagnostics.function.advice import orthogonal
 from zograd.distributions import Gaussian, Rademacher
@@ -353,7 +354,7 @@ def test_families_with_a_covariance_of_their_own_are_compared_with_it():
     assert report.autograd.scale == pytest.approx(1, abs=1e-3)
     assert max(radius.bias for radius in report.sweep[4:]) < 1e-3
     # Of a linear f: E|c eps|^2 = g.S g tr S + 2 g.S S g, and N for a cosine with S g.
-    space = zograd._base.trees.Space.of((X,))
+    space = Space.of((X,))
     image = family.covariance(space, SLOPE)
     variance = SLOPE @ image * 12 + image @ image
     expected = 0.81 / 0.19 * float(variance / (image @ image))

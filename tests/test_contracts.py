@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import zograd
+from problems import Directions, adapted
 from zograd import distributions, evaluators, schemes, shaping, zero_order
 from zograd._base.trees import Space
-from zograd.distributions.adapter import adapt
-from zograd.distributions.base import Dense
-from zograd.distributions.directions import Directions
+from zograd.distributions import Dense
 from zograd.evaluators import EVALUATORS, Evaluator
 from zograd.evaluators.task.answer import Answer
 from zograd.schemes import SCHEMES
@@ -49,9 +48,9 @@ FAMILIES = {
     if inspect.isclass(family) and issubclass(family, distributions.Distribution) and not inspect.isabstract(family)
 }
 ADAPTED = {
-    "object": adapt(Signs(), "zero_order"),
-    "function": adapt(normal, "zero_order"),
-    "torch Distribution": adapt(torch.distributions.Uniform(-(3**0.5), 3**0.5), "zero_order"),
+    "object": adapted(Signs()),
+    "function": adapted(normal),
+    "torch Distribution": adapted(torch.distributions.Uniform(-(3**0.5), 3**0.5)),
 }
 DISTRIBUTIONS = FAMILIES | ADAPTED
 

@@ -1,5 +1,6 @@
 """Directions that complement each other, coordinates and guided ones: the laws that they are there for."""
 
+import inspect
 import math
 import pickle
 import types
@@ -7,12 +8,11 @@ import types
 import pytest
 import torch
 
-from problems import Quadratic
+from problems import Directions, Quadratic
 from statistical import flat
 from zograd import ANTITHETIC, FORWARD, FOURTH_ORDER, NAIVE, zero_order
 from zograd._base.trees import Space
 from zograd.distributions import Coordinate, Gaussian, Guided, Hadamard, Orthogonal, Rademacher, Sobol
-from zograd.distributions.directions import Directions
 from zograd.evaluators import Batched, Loop, Vmap
 from zograd.evaluators.base import fitting_rows
 from zograd.shaping import leave_one_out
@@ -102,7 +102,7 @@ def test_hadamard_directions_are_signs_and_complete(dim):
 
 def test_a_large_group_is_made_part_by_part(monkeypatch):
     whole = matrix(directions(Hadamard(), (13,), num=50))
-    monkeypatch.setattr("zograd.distributions.hadamard.ROOM", 60)
+    monkeypatch.setattr(inspect.getmodule(Hadamard), "ROOM", 60)
     d = directions(Hadamard(), (13,), num=50)
     assert (d.block, d.distribution.group(d.space, 50)) == (4, 16)
     assert torch.equal(matrix(d), whole)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
+from problems import Directions, adapted
 from zograd import ZeroOrderWarning, zero_order
 from zograd._base.trees import Space
 from zograd.distributions import Dense, Gaussian, Hadamard, Orthogonal, Rademacher, Sobol, Sphere
-from zograd.distributions.adapter import adapt
-from zograd.distributions.directions import Directions
 
 
 class Standard:
@@ -23,9 +22,9 @@ FAMILIES = {
     "orthogonal, one length": Orthogonal("sqrt_d"),
     "hadamard": Hadamard(),
     "sobol": Sobol(),
-    "sample": adapt(Standard(), "zero_order"),
-    "function": adapt(torch.randn, "zero_order"),
-    "torch": adapt(torch.distributions.Uniform(-(3**0.5), 3**0.5), "zero_order"),
+    "sample": adapted(Standard()),
+    "function": adapted(torch.randn),
+    "torch": adapted(torch.distributions.Uniform(-(3**0.5), 3**0.5)),
 }
 DTYPES = [torch.float32, torch.float64]
 

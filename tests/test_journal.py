@@ -24,7 +24,6 @@ import torch
 import zograd
 from zograd import zero_order
 from zograd.evaluators import Batched, Evaluator, Journal, Loop, Vmap
-from zograd.evaluators.task.answer import Answer
 from zograd.schemes import SCHEMES
 
 
@@ -164,11 +163,12 @@ class Shuffled(Evaluator):
         random.Random(lo).shuffle(tasks)
         values, arrived, fn.arrived = {}, fn.arrived, None
         for i, j in tasks:
-            values[i, j] = fn.take(fn.evaluate(points.only(points.offsets[j : j + 1]), i, i + 1), points)[0, 0]
+            answer = fn.evaluate(points.only(points.offsets[j : j + 1]), i, i + 1)
+            values[i, j] = fn.take(answer, points)[0, 0]
             if arrived is not None:
                 arrived(i * sides + j, values[i, j])
         for i in range(lo, hi):
-            yield Answer(torch.stack([values[i, j] for j in range(sides)])[None])
+            yield type(answer)(torch.stack([values[i, j] for j in range(sides)])[None])
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 2, 7, 18, 40, 60])

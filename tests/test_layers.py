@@ -157,6 +157,83 @@ def test_the_walk_sees_every_form_of_import(text, found):
     assert ours("x", text) == found
 
 
+# Private modules that tests outside src/ look into, each with the reason why no public name would do.
+PRIVATE = {
+    (
+        "test_check.py",
+        "diagnostics.function.advice",
+    ): "the number of orthogonal directions in closed form, at any d",
+    ("test_check_distribution.py", "diagnostics.distribution.moments"): "Student's quantile against printed tables",
+    ("test_contracts.py", "evaluators.task.answer"): "an evaluator that makes values up, which no engine does",
+    ("test_directions.py", "evaluators.base"): "the chunk on a device that is not there",
+    ("test_gpu.py", "evaluators.base"): "the chunk follows free memory; the numbers are the same at any chunk",
+    ("test_low_rank.py", "distributions.factored"): "layers that form no dense matrix, which no number shows",
+    ("test_overlay.py", "optim.overlay"): "parameters swapped while `fn` runs: each way to read them, by itself",
+    ("test_pool.py", "evaluators.task.objective"): "a worker of another torch, or of other points, as if elsewhere",
+    ("test_pool.py", "evaluators.workers.shipping"): "bytes sent, and the pickler as if cloudpickle were not installed",
+    ("test_second_derivatives.py", "estimate.second_order"): "the baseline of dependent directions at chosen values",
+    ("test_unrolled.py", "unrolled.particles"): "the points of a window by themselves, pickled",
+}
+
+
+def is_public(module):
+    """Return whether a module is a door: it says what it offers, or it is the folder of such modules."""
+    return module == "" or (
+        any(name == module or name.startswith(f"{module}.") for name in DOORS if name)
+        and not any(part.startswith("_") for part in module.split("."))
+    )
+
+
+DOORS = {m for m, path in MODULES.items() if re.search("^__all__ =", path.read_text(encoding="utf-8"), re.MULTILINE)}
+
+
+def looks_into(text):
+    """The private modules that a script outside src/ imports, or names with dots or in a string."""
+    tree = ast.parse(text)
+    named = {name for name in imports_of(".outside", text) if name.startswith("zograd.")}
+    named |= {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    named |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    for name in named:
+        parts = name.split(".")
+        if parts[0] == "zograd":
+            found = [m for k in range(2, len(parts) + 1) if (m := ".".join(parts[1:k])) in MODULES]
+            if found and not is_public(found[-1]) and not found[-1].startswith("_base"):
+                yield found[-1]
+
+
+def test_scripts_and_tests_look_at_public_names_only():
+    """Or at ``_base``, or for a reason that is written down."""
+    seen = set()
+    for folder in ("benchmarks", "chaos", "examples", "tests", "docs", ".ci"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path != Path(__file__):
+                text = path.read_text(encoding="utf-8")
+                seen |= {(path.relative_to(ROOT / folder).as_posix(), module) for module in looks_into(text)}
+    assert seen == PRIVATE.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("from zograd.estimate.statistics import spread", ["estimate.statistics"]),
+        ("from zograd.estimate import statistics", ["estimate.statistics"]),
+        ("import zograd.estimate.statistics", ["estimate.statistics"]),
+        ("from zograd.distributions import hadamard", ["distributions.hadamard"]),
+        ("from zograd.distributions.hadamard import Hadamard", ["distributions.hadamard"]),
+        ("x = zograd.optim.overlay.Overlay", ["optim.overlay"]),
+        ("patch('zograd.optim.overlay.cores')", ["optim.overlay"]),
+        ("from zograd.distributions import Hadamard", []),
+        ("from zograd import nn, zero_order", []),
+        ("import zograd.contrib.rl, zograd.compat.torchopt as t", []),
+        ("from zograd._base.trees import Space", []),
+        ("zograd.optim.MeZO", []),
+        ("zograd.zero_order", []),
+    ],
+)
+def test_a_look_into_the_house_is_seen_in_every_form(text, found):
+    assert sorted(set(looks_into(text))) == found
+
+
 def _texts():
     for folder in ("src", "tests", "examples", "docs", "benchmarks", "chaos", ".ci", ".github"):
         for path in sorted((ROOT / folder).rglob("*")):

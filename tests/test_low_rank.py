@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import zograd
+from problems import Directions
 from zograd import ZeroOrderWarning, zero_order
 from zograd._base.trees import Space
 from zograd.distributions import LowRank
-from zograd.distributions.directions import Directions
 from zograd.distributions.factored import Factored
 from zograd.nn import ZeroOrder
 

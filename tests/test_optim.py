@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import zograd
+from problems import Directions
 from zograd import NonFiniteError, ReplayError, ZeroOrderWarning, zero_order
+from zograd._base.trees import Space
 from zograd.distributions import Coordinate, Gaussian, Hadamard, LowRank, Orthogonal, Rademacher, Sobol, Sphere
 from zograd.optim import MeZO, Records, replay
 
@@ -109,8 +111,8 @@ def test_half_precision_is_moved_in_full_and_rounded_once(dtype):
     params = parameters(LARGE, dtype)
     before = [p.detach().float() for p in params]
     opt = trained(params, sigma=0.1, lr=10.0, weight_decay=0.01, loss=lambda p: loss_of([x.float() for x in p]))
-    space = zograd._base.trees.Space.of(tuple(params))
-    eps = zograd.distributions.directions.Directions(Gaussian(), space, opt.records.seeds[0], 1).noise(0, 1)[0][0]
+    space = Space.of(tuple(params))
+    eps = Directions(Gaussian(), space, opt.records.seeds[0], 1).noise(0, 1)[0][0]
     c = torch.tensor(opt.records.coefficients[0])
     for p, old, noise in zip(params, before, space.split(eps), strict=True):
         gradient = (noise * c).div(0.1).add(old, alpha=0.01)

@@ -1,15 +1,16 @@
 """Directions made ahead in a second thread are the same directions."""
 
+import inspect
 import os
 import threading
 
 import pytest
 import torch
 
-import zograd
+from problems import Directions
 from zograd import zero_order
+from zograd._base.trees import Space
 from zograd.distributions import Coordinate, Gaussian, Hadamard, LowRank, Orthogonal, Rademacher, Sobol, Sphere
-from zograd.distributions.directions import Directions
 from zograd.evaluators import Batched, Loop, Vmap
 
 FAMILIES = [Gaussian(), Rademacher(), Sphere(), torch.randn, LowRank(), Orthogonal(), Hadamard(), Sobol(), Coordinate()]
@@ -55,7 +56,7 @@ class Watched(Gaussian):
     [(1000, None, False), (1000, True, True), (140_000, None, True), (140_000, False, False), (4_300_000, None, False)],
 )
 def test_the_second_thread_is_used_where_it_gains(monkeypatch, size, prefetch, second):
-    monkeypatch.setattr("zograd.distributions.directions.cores", lambda: 2)
+    monkeypatch.setattr(inspect.getmodule(Directions), "cores", lambda: 2)
     family = Watched()
     zero_order(family, num_samples=200 if size == 1000 else 3, evaluator=Loop(prefetch))(torch.sum).estimate(
         torch.zeros(size)
@@ -64,7 +65,7 @@ def test_the_second_thread_is_used_where_it_gains(monkeypatch, size, prefetch, s
 
 
 def test_one_core_makes_nothing_ahead(monkeypatch):
-    monkeypatch.setattr("zograd.distributions.directions.cores", lambda: 1)
+    monkeypatch.setattr(inspect.getmodule(Directions), "cores", lambda: 1)
     family = Watched()
     zero_order(family, num_samples=3)(torch.sum).estimate(torch.zeros(140_000))
     assert family.threads == {"MainThread"}
@@ -84,7 +85,7 @@ def test_an_error_in_the_second_thread_is_raised():
 
 
 def test_any_order_of_spans_gives_the_same_noise():
-    space = zograd._base.trees.Space.of((torch.zeros(50_000),))
+    space = Space.of((torch.zeros(50_000),))
     alone, ahead = (Directions(Gaussian(), space, 5, 12) for _ in range(2))
     ahead.prefetch = True
     for lo, hi in [(0, 1), (1, 3), (8, 9), (3, 4), (0, 12), (11, 12), (2, 3), (3, 4), (4, 5)]:

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import zograd
+from problems import Directions
 from statistical import Checks
 from zograd import SecondDerivativeError, zero_order
 from zograd._base.trees import Space
 from zograd.distributions import Gaussian, LowRank, Rademacher, Sphere
-from zograd.distributions.directions import Directions
 from zograd.estimate.second_order import differences
 from zograd.schemes import SCHEMES, Scheme
 from zograd.shaping import leave_one_out

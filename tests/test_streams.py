@@ -5,10 +5,12 @@ digest.
 """
 
 import hashlib
+import inspect
 
 import pytest
 import torch
 
+from problems import Directions
 from zograd._base.streams import FnStream, Purpose, derive, key
 from zograd._base.trees import Space
 from zograd.distributions import (
@@ -22,7 +24,6 @@ from zograd.distributions import (
     Sobol,
     Sphere,
 )
-from zograd.distributions.directions import Directions
 
 FAMILIES = {"gaussian": Gaussian(), "rademacher": Rademacher(), "sphere": Sphere()}
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
@@ -100,19 +101,17 @@ def test_the_second_group_is_the_committed_one(family):
 
 @pytest.mark.parametrize("family", [Orthogonal(), Hadamard(), Sobol(), Coordinate(), Guided(torch.ones(3))], ids=str)
 def test_every_stream_of_every_group_has_a_key_of_its_own(family, monkeypatch):
-    from zograd.distributions import base, coordinate, guided, hadamard, orthogonal, sobol
-
     used = []
 
     def noted(seed, purpose, counter):
         used.append(counter)
         return key(seed, purpose, counter)
 
-    for module in (base, coordinate, hadamard, sobol):
-        monkeypatch.setattr(module, "key", noted)
-    for module in (base, guided, hadamard, orthogonal):
-        monkeypatch.setattr(module, "TILE", 4)  # several streams a block
-    monkeypatch.setattr(base, "BLOCK", 300)
+    for kind in (Dense, Coordinate, Hadamard, Sobol):
+        monkeypatch.setattr(inspect.getmodule(kind), "key", noted)
+    for kind in (Dense, Guided, Hadamard, Orthogonal):
+        monkeypatch.setattr(inspect.getmodule(kind), "TILE", 4)  # several streams a block
+    monkeypatch.setattr(inspect.getmodule(Dense), "BLOCK", 300)
     space = Space.of((torch.empty(3),))
     d = Directions(family, space, 3, 6 * family.rows(space, 10**6) - 1)
     for lo, hi in d.blocks():

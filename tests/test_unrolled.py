@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import zograd
+from problems import Directions
 from statistical import draws, noise
 from zograd import SecondDerivativeError, Until
 from zograd._base.streams import derive
-from zograd._base.trees import Space
+from zograd._base.trees import Space, take_apart
 from zograd.distributions import Coordinate, Gaussian, Orthogonal, Rademacher, Sobol, Sphere
-from zograd.distributions.directions import Directions
 from zograd.evaluators import EVALUATORS, Journal
 from zograd.unrolled import NRES, PES, TruncatedES
 from zograd.unrolled.particles import Particles
@@ -240,7 +240,7 @@ def test_states_keep_every_bit(kind, evaluator):
     state = estimator.init(params, MANY)
     for _ in range(2):
         _, state = estimator(params, state)
-    flat = zograd._base.trees.take_apart
+    flat = take_apart
     found, _ = flat(state["center"])
     wanted, _ = flat(MANY)
     inside, _ = flat(seen[0])
@@ -503,7 +503,7 @@ def test_a_saved_run_goes_on_bit_for_bit(kind, tmp_path):
     torch.save(run(parts, first, 3), tmp_path / "state.pt")
     state = run(parts, torch.load(tmp_path / "state.pt", weights_only=True), 5)
     assert torch.equal(whole["a"].grad, parts["a"].grad)
-    for x, y in zip(*[zograd._base.trees.take_apart(s)[0] for s in (wanted, state)], strict=True):
+    for x, y in zip(*[take_apart(s)[0] for s in (wanted, state)], strict=True):
         assert torch.equal(x, y)
 
 
