@@ -102,7 +102,7 @@ def test_hadamard_directions_are_signs_and_complete(dim):
 
 def test_a_large_group_is_made_part_by_part(monkeypatch):
     whole = matrix(directions(Hadamard(), (13,), num=50))
-    monkeypatch.setattr(inspect.getmodule(Hadamard), "ROOM", 60)
+    monkeypatch.setattr(inspect.getmodule(Hadamard), "MOST", 60)
     d = directions(Hadamard(), (13,), num=50)
     assert (d.block, d.distribution.group(d.space, 50)) == (4, 16)
     assert torch.equal(matrix(d), whole)

@@ -274,3 +274,69 @@ def test_nothing_refers_to_a_place_outside_the_repository():
         if _OUTSIDE.search(line)
     ]
     assert not found, "\n".join(found)
+
+
+# Names of ours that a reader would have to learn, in place of the field's words.
+CONCEPTS = {
+    "anew",
+    "crew",
+    "dear",
+    "errand",
+    "evidence",
+    "habit",
+    "ledger",
+    "luck",
+    "page",
+    "parcel",
+    "reach",
+    "refusal",
+    "room",
+    "tally",
+    "twin",
+}
+
+
+def names_in(text):
+    """Every name that a module makes or uses."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.arg, ast.keyword)):
+            yield node.arg or ""
+        elif isinstance(node, ast.alias):
+            yield from (node.asname or "", *node.name.split("."))
+
+
+def concepts_in(name):
+    """The words of a name that are such concepts, in the singular."""
+    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
+    return {w for word in words for w in (word, word.removesuffix("s")) if w in CONCEPTS}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m or "zograd")
+def test_names_are_the_fields_words(module):
+    asks = module == "_base.reach" or "_base.reach" in ours(module)  # the file of that name, and who asks it
+    allowed = {"reach"} if asks else set()
+    found = {*names_in(MODULES[module].read_text(encoding="utf-8")), *module.split(".")}
+    assert {name for name in found if concepts_in(name) - allowed} == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("_twins", {"twin"}),
+        ("ROOM", {"room"}),
+        ("keepsLuck", {"luck"}),
+        ("RoomOf", {"room"}),
+        ("reach", {"reach"}),
+        ("reached", set()),
+        ("homepage", set()),
+        ("num_samples", set()),
+    ],
+)
+def test_a_concept_is_found_in_a_name(name, words):
+    assert concepts_in(name) == words

@@ -36,21 +36,21 @@ class Replica:
     ) -> None:
         self._tensors = tensors
         self._copy_buffer = copy_buffer
-        self._twins: dict[int, Any] = {}  # by the id of what they stand for: one each, however often it is held
+        self._replicas: dict[int, Any] = {}  # by the id of what they stand for: one each, however often it is held
         self._originals: dict[int, Any] = {}  # and back
         self._containers: list[tuple[Any, Any]] = []
         self._pairs = [(m, self._remember(m, object.__new__(type(m)))) for m in module.modules()]
-        for original, twin in self._pairs:
+        for original, replica in self._pairs:
             if isinstance(original, torch.jit.ScriptModule):
                 raise TypeError(f"{type(original).__name__} cannot be evaluated with other parameters: it is compiled.")
-            twin.__dict__.update(self._state(original))
-        self._before = [dict(twin.__dict__) for _, twin in self._pairs]
-        self.module: nn.Module = self._twins[id(module)]
+            replica.__dict__.update(self._state(original))
+        self._before = [dict(replica.__dict__) for _, replica in self._pairs]
+        self.module: nn.Module = self._replicas[id(module)]
 
-    def _remember(self, original: Any, twin: Any) -> Any:
-        self._twins[id(original)] = twin
-        self._originals[id(twin)] = original
-        return twin
+    def _remember(self, original: Any, replica: Any) -> Any:
+        self._replicas[id(original)] = replica
+        self._originals[id(replica)] = original
+        return replica
 
     def _state(self, module: nn.Module) -> dict[str, Any]:
         state = {name: self._mapped(value) for name, value in module.__dict__.items() if name not in REGISTRIES}
@@ -58,7 +58,7 @@ class Replica:
         copies = (
             {k: p if p is None else self._tensor(p) for k, p in parameters.items()},
             {k: b if b is None else self._buffer(b) for k, b in buffers.items()},
-            {k: m if m is None else self._twins[id(m)] for k, m in modules.items()},
+            {k: m if m is None else self._replicas[id(m)] for k, m in modules.items()},
         )
         state.update(zip(REGISTRIES, copies, strict=True))
         return state
@@ -71,26 +71,26 @@ class Replica:
         return replaced
 
     def _buffer(self, buffer: torch.Tensor) -> torch.Tensor:
-        if id(buffer) not in self._twins:
+        if id(buffer) not in self._replicas:
             self._remember(buffer, self._copy_buffer(buffer))
-        twin: torch.Tensor = self._twins[id(buffer)]
-        return twin
+        replica: torch.Tensor = self._replicas[id(buffer)]
+        return replica
 
     def _mapped(self, value: Any) -> Any:
         """The value as the copy should hold it: containers copied, modules and parameters in them replaced."""
-        if id(value) in self._twins:
-            return self._twins[id(value)]
+        if id(value) in self._replicas:
+            return self._replicas[id(value)]
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
-            return MethodType(value.__func__, self._twins.get(id(value.__self__), value.__self__))
+            return MethodType(value.__func__, self._replicas.get(id(value.__self__), value.__self__))
         if type(value) is tuple:
             return self._remember(value, tuple(map(self._mapped, value)))
         if type(value) in CONTAINERS:
-            twin = self._remember(value, copy.copy(value))
-            self._containers.append((value, twin))
-            _fill(twin, self._mapped, value)
-            return twin
+            replica = self._remember(value, copy.copy(value))
+            self._containers.append((value, replica))
+            _fill(replica, self._mapped, value)
+            return replica
         return value
 
     def commit(self) -> None:
@@ -99,24 +99,24 @@ class Replica:
         Raises:
             RuntimeError: if ``forward`` registered or removed a parameter or submodule.
         """
-        for (module, twin), before in zip(self._pairs, self._before, strict=True):
-            (parameters, buffers, modules), made = registries(module), registries(twin)
+        for (module, replica), before in zip(self._pairs, self._before, strict=True):
+            (parameters, buffers, modules), made = registries(module), registries(replica)
             if made[0].keys() != parameters.keys() or made[2].keys() != modules.keys():
                 raise RuntimeError(
                     f"`{type(module).__name__}.forward` registered or removed a parameter or submodule, which would "
                     "differ between evaluations: make them in `__init__`, or by one call under `torch.no_grad()`."
                 )
-            for name in before.keys() - twin.__dict__.keys():
+            for name in before.keys() - replica.__dict__.keys():
                 del module.__dict__[name]
-            for name, value in twin.__dict__.items():
+            for name, value in replica.__dict__.items():
                 if name not in REGISTRIES and (name not in before or before[name] is not value):
                     module.__dict__[name] = self._given_back(value)
             for name, buffer in made[1].items():
                 _commit_buffer(buffers, name, buffer)
-        for original, twin in self._containers:
-            now = [self._given_back(v) for v in _items(twin)]
-            if _keys(original) != _keys(twin) or any(a is not b for a, b in zip(_items(original), now, strict=True)):
-                _fill(original, self._given_back, twin)
+        for original, replica in self._containers:
+            now = [self._given_back(v) for v in _items(replica)]
+            if _keys(original) != _keys(replica) or any(a is not b for a, b in zip(_items(original), now, strict=True)):
+                _fill(original, self._given_back, replica)
 
     def _given_back(self, value: Any) -> Any:
         """The inverse of ``_mapped``: what the module itself may hold."""

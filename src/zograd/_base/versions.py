@@ -29,7 +29,8 @@ def show_versions() -> None:
     """
     rows = {name: _version(name) for name in ("zograd",)}
     rows["python"] = f"{platform.python_version()} ({platform.platform()})"
-    rows |= {name: _version(name) for name in ("torch", "optree", "tqdm", "numpy")}
+    rows["torch"] = torch.__version__  # with its build, which the package's version may lack
+    rows |= {name: _version(name) for name in ("optree", "tqdm", "numpy")}
     rows["threads"] = str(torch.get_num_threads())
     rows["devices"] = ", ".join(["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))])
     print("\n".join(f"{name:<9} {value}" for name, value in rows.items()))

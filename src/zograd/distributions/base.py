@@ -92,6 +92,11 @@ class Distribution(ABC):
     def shift(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> Leaves:
         """Return the point ``params + scale * eps``, ``scale`` by leaf; a row axis of ``parts`` stays in front."""
 
+    def shift_into(self, out: Leaves, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> None:
+        """Write points of :meth:`shift` to memory that is there; to be overridden where that saves a copy."""
+        for place, leaf in zip(out, self.shift(space, params, parts, scale), strict=True):
+            place.copy_(leaf)
+
     def factor(self, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> Leaves:
         """The same point for one row of ``parts``, in a form that shares ``params``; called inside ``torch.vmap``."""
         return self.shift(space, params, parts, scale)
@@ -207,6 +212,17 @@ class Dense(Tiled):
                 for leaf, eps, c in zip(params, parts, scale, strict=True)
             ]
         )
+
+    def shift_into(self, out: Leaves, space: Space, params: Leaves, parts: Noise, scale: tuple[float, ...]) -> None:
+        """The same points, without memory of their own where no rounding follows."""
+        if type(self).shift is not Dense.shift:
+            super().shift_into(out, space, params, parts, scale)
+            return
+        for place, leaf, eps, c in zip(out, params, parts, scale, strict=True):
+            if leaf.dtype == eps.dtype:
+                torch.add(leaf, eps, alpha=c, out=place)
+            else:
+                place.copy_(torch.add(leaf.to(eps.dtype), eps, alpha=c))
 
     def add_sum(self, space: Space, noise: Noise, c: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """One matrix-vector product a block."""

@@ -13,7 +13,7 @@ from zograd.distributions.rademacher import Rademacher
 if TYPE_CHECKING:
     from zograd._base.trees import Space
 
-ROOM = 1 << 22  # values in a block: those of larger groups are made part by part
+MOST = 1 << 22  # values in a block: those of larger groups are made part by part
 _SIGNS = Rademacher()
 
 
@@ -93,5 +93,5 @@ def _order(dim: int) -> int:
 
 def _part(space: Space) -> int:
     """Rows in a block: a power of two, so that whole blocks make a group."""
-    fitting: int = max(1, ROOM // space.size)
+    fitting: int = max(1, MOST // space.size)
     return min(_order(space.dim), 1 << (fitting.bit_length() - 1))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from zograd.shaping import Shaping
 
 
-def refusal(distribution: Distribution, shaping: Shaping | None, batch_dim: int | None) -> str | None:
+def no_surrogate(distribution: Distribution, shaping: Shaping | None, batch_dim: int | None) -> str | None:
     """Why these settings can have no surrogate, or None if they can."""
     if not distribution.gaussian_marginals:
         return f"Stein's identity needs Gaussian marginals, which {distribution} has not: use `Gaussian()`"

@@ -162,7 +162,7 @@ class _Payload:
     _number: torch.Tensor | None = None
 
     @property
-    def refusal(self) -> str | None:
+    def no_second(self) -> str | None:
         """Why the payload has no derivative, or None if it has one."""
         return self.call.made[0].settings.no_second(scalar=self.main.dim() == 1)
 
@@ -195,7 +195,7 @@ class _Payload:
 
     def tangent(self, vector: torch.Tensor) -> torch.Tensor:
         """Return the derivative of the payload along a tangent."""
-        if self.refusal:
+        if self.no_second:
             return torch.zeros_like(self.main)  # whoever uses it meets the guard first
         if self.main.dim() == 1:
             return self.curve(vector)
@@ -212,7 +212,7 @@ class _Payload:
 
     def _guarded(self) -> torch.Tensor:
         """Return the payload, so that a derivative that it has not is an error: else it would be zero."""
-        if (torch.is_grad_enabled() or forward_mode_active()) and (reason := self.refusal):
+        if (torch.is_grad_enabled() or forward_mode_active()) and (reason := self.no_second):
             return _apply(_Guard, refused(reason), self.main, self.main)
         return self.main
 
@@ -223,8 +223,8 @@ class _Payload:
 
     def _differences(self) -> torch.Tensor:
         """Return the second differences; their own derivative, a third one, is an error."""
-        if self.refusal:
-            raise SecondDerivativeError(refused(self.refusal))
+        if self.no_second:
+            raise SecondDerivativeError(refused(self.no_second))
         h = _apply(_Differences, self.call, self.number, self.main.detach())
         return _apply(_Guard, _NO_THIRD, h, self.main)
 

@@ -255,9 +255,9 @@ class ZeroOrderFunction(Generic[P]):
     def __deepcopy__(self, memo: dict[int, Any]) -> ZeroOrderFunction[P]:
         options = self.options
         if options.generator is not None:
-            twin = torch.Generator(options.generator.device)
-            twin.set_state(options.generator.get_state())
-            options = replace(options, generator=twin)
+            fresh = torch.Generator(options.generator.device)
+            fresh.set_state(options.generator.get_state())
+            options = replace(options, generator=fresh)
         return ZeroOrderFunction(copy.deepcopy(self.fn, memo), options)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import torch
 from zograd._base import checks
 from zograd._base.trees import numbers
 from zograd.distributions.adapter import adapt
-from zograd.estimate.surrogate import refusal
+from zograd.estimate.surrogate import no_surrogate
 from zograd.evaluators import EVALUATORS, Evaluator
 from zograd.failures import Drop, Policy, Retry
 from zograd.sampling import Until
@@ -167,7 +167,7 @@ class Options:
                 f"`{self.call}(surrogate=..., failures={self.failures})`: the halves of the directions that a "
                 "surrogate compares must be whole: use `Retry`, or no surrogate."
             )
-        if self.surrogate is not None and (reason := refusal(self.distribution, self.shaping, self.batch_dim)):
+        if self.surrogate is not None and (reason := no_surrogate(self.distribution, self.shaping, self.batch_dim)):
             raise ValueError(f"`{self.call}(surrogate=...)` has no unbiased estimate here: {reason}.")
         if self.shaping is not None:
             name = getattr(self.shaping, "__name__", self.shaping)

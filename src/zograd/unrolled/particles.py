@@ -76,11 +76,11 @@ class Particles(Points):
 
     def each(self, lo: int, hi: int) -> Iterator[Leaves]:
         """Yield the points of pairs ``lo`` to ``hi`` one by one."""
-        return (self._at(i, c) for i in range(lo, hi) for c in self.offsets)
+        return (self.point(i, c) for i in range(lo, hi) for c in self.offsets)
 
     def rows(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Leaves:
         """Return the points of pairs ``lo`` to ``hi``, offset after offset, with a leading axis of rows."""
-        columns = [self._at(slice(lo, hi), c) for c in offsets]
+        columns = [self.point(slice(lo, hi), c) for c in offsets]
         return tuple(map(torch.cat, zip(*columns, strict=True)))
 
     def factors(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Leaves:
@@ -91,7 +91,8 @@ class Particles(Points):
         """Return the row itself."""
         return row
 
-    def _at(self, i: int | slice, offset: float) -> Leaves:
+    def point(self, i: int | slice, offset: float) -> Leaves:
+        """Return the point of pair ``i``, or of many with a leading axis, at an offset."""
         j, space = SIDES.index(offset), self.directions.space
         eps = space.split(self._shifts[i, j])
         triples = zip(self._leaves, eps, self.sigma, strict=True)

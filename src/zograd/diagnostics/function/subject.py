@@ -66,9 +66,14 @@ class Given(Points):
         """Return the center."""
         return self.params
 
+    def point(self, i: int, offset: float) -> Leaves:
+        """Return a copy of point ``i``."""
+        del offset
+        return tuple([row[i].clone() for row in self._rows])
+
     def each(self, lo: int, hi: int) -> Iterator[Leaves]:
         """Yield copies of the points ``lo`` to ``hi`` one by one."""
-        return (tuple([row[i].clone() for row in self._rows]) for i in range(lo, hi))
+        return (self.point(i, 1.0) for i in range(lo, hi))
 
     def rows(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Leaves:
         """Return the points ``lo`` to ``hi`` with a leading axis."""

@@ -345,13 +345,13 @@ class Objective:
         call = functools.partial(self.arguments.call, self.fn)
         plain = self.policy.tries == 1 and self.policy.drop is None
         judges = self.judges and self.policy.drop is None
-        for number, point in enumerate(points.each(lo, hi), lo * sides):
+        made = points.each(lo, hi)
+        for number in range(lo * sides, hi * sides):
             if plain:
-                value = self._value(call, points, number, point)
+                value = self._value(call, points, number, next(made))  # of which nothing is left when the next is made
             else:  # each try at a point of its own, since fn may write to it before it fails
-                value = self._by_policy(
-                    functools.partial(self._value, call, points, number, None), number // sides, None
-                )
+                once = functools.partial(self._value, call, points, number, None)
+                value = self._by_policy(once, number // sides, None)
             values.append(value)
             if self.arrived is not None:
                 self.arrived(number, torch.as_tensor(value, dtype=torch.float64))

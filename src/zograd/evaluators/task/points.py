@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from zograd._base.execution import keep_pages
 from zograd.errors import ZeroOrderWarning
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Points:
         self.directions = directions
         self.sigma = sigma
         self.offsets = offsets
-        self._first = offsets[:1]
+        self._first = offsets[0]
         self._scales = {c: tuple([c * s for s in sigma]) for c in offsets}
 
     def __len__(self) -> int:
@@ -53,10 +54,7 @@ class Points:
         if not 0 <= number < len(self):
             raise IndexError(f"there are {len(self)} points, got number {number}.")
         i, j = divmod(number, len(self.offsets))
-        for k, point in enumerate(self.each(i, i + 1)):
-            if k == j:
-                return point
-        raise AssertionError
+        return self.point(i, self.offsets[j])
 
     def only(self, offsets: tuple[float, ...]) -> Points:
         """Return the points at these offsets, which share the directions in memory."""
@@ -74,11 +72,16 @@ class Points:
 
     def first(self) -> Leaves:
         """Return the point of direction 0 at the scheme's first offset, by which processes compare their points."""
-        return next(self.only(self._first).each(0, 1))
+        return self.point(0, self._first)
 
     def center(self) -> Leaves:
         """Return a copy of the parameters."""
         return tuple([p.clone() for p in self.params])
+
+    def point(self, i: int, offset: float) -> Leaves:
+        """Return the point of direction ``i`` at an offset."""
+        d, row = self.directions, tuple([part[0] for part in self._parts(i, i + 1)])
+        return d.distribution.shift(d.space, self.params, row, self._scales[offset])
 
     def each(self, lo: int, hi: int) -> Iterator[Leaves]:
         """Yield the points of directions ``lo`` to ``hi`` one by one."""
@@ -90,9 +93,15 @@ class Points:
 
     def rows(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Leaves:
         """Return the points of directions ``lo`` to ``hi``, offset after offset, with a leading axis of rows."""
-        d, parts = self.directions, self._parts(lo, hi)
-        columns = [d.distribution.shift(d.space, self.params, parts, self._scales[c]) for c in offsets]
-        return columns[0] if len(columns) == 1 else tuple(map(torch.cat, zip(*columns, strict=True)))
+        keep_pages()
+        d, parts, num = self.directions, self._parts(lo, hi), hi - lo
+        if len(offsets) == 1:
+            return d.distribution.shift(d.space, self.params, parts, self._scales[offsets[0]])
+        rows = tuple([leaf.new_empty((len(offsets) * num, *leaf.shape)) for leaf in self.params])
+        for k, c in enumerate(offsets):
+            out = tuple([leaf[k * num : (k + 1) * num] for leaf in rows])
+            d.distribution.shift_into(out, d.space, self.params, parts, self._scales[c])
+        return rows
 
     def factors(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Noise:
         """Return what the points of :meth:`rows` are made of, by rows, for :meth:`of_factors`.

@@ -33,11 +33,11 @@ def private(fn: Callable[..., Any], leaves: list[Any]) -> tuple[Callable[..., An
     Returns:
         The function and arguments for one thread.
     """
-    twins = _Twins()
-    return twins.own(fn), [twins.part(x) for x in leaves]
+    copies = _Copies()
+    return copies.own(fn), [copies.part(x) for x in leaves]
 
 
-class _Twins:
+class _Copies:
     """What was copied so far, each once."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class _Twins:
         self._scopes: dict[int, dict[str, Any]] = {}  # by the globals that they stand for
 
     def own(self, value: Any) -> Any:
-        """The twin of a callable."""
+        """Return a copy of a callable, itself if there is no module in it."""
         if leaves_traces(value):
             return value  # it evaluates replicas
         if isinstance(value, functools.partial):
@@ -68,18 +68,18 @@ class _Twins:
         return value
 
     def part(self, value: Any) -> Any:
-        """The twin of something that a function uses: another object only if there is a module in it."""
+        """Return a copy of something that a function uses, itself if there is no module in it."""
         if not _uses_module(value):
             return value
         if isinstance(value, torch.nn.Module):
             return copy.deepcopy(value, self._memo)
         if isinstance(value, types.FunctionType):
-            return self._functions.get(id(value)) or self._twin(value)
+            return self._functions.get(id(value)) or self._copy_of(value)
         if isinstance(value, dict):
             return {k: self.part(v) for k, v in value.items()}
         return type(value)(map(self.part, value))
 
-    def _twin(self, fn: types.FunctionType) -> types.FunctionType:
+    def _copy_of(self, fn: types.FunctionType) -> types.FunctionType:
         old = fn.__closure__ or ()
         held = closure(fn)
         cells = [
@@ -87,16 +87,16 @@ class _Twins:
             for name, cell in zip(fn.__code__.co_freevars, old, strict=True)
         ]
         scope = self._scopes.setdefault(id(fn.__globals__), dict(fn.__globals__))
-        twin = types.FunctionType(fn.__code__, scope, fn.__name__, None, tuple(cells) or None)
-        self._functions[id(fn)] = twin  # before its parts, which may name it
-        functools.update_wrapper(twin, fn)
-        twin.__defaults__ = tuple(map(self.part, fn.__defaults__)) if fn.__defaults__ else None
-        twin.__kwdefaults__ = {k: self.part(v) for k, v in (fn.__kwdefaults__ or {}).items()}
+        copied = types.FunctionType(fn.__code__, scope, fn.__name__, None, tuple(cells) or None)
+        self._functions[id(fn)] = copied  # before its parts, which may name it
+        functools.update_wrapper(copied, fn)
+        copied.__defaults__ = tuple(map(self.part, fn.__defaults__)) if fn.__defaults__ else None
+        copied.__kwdefaults__ = {k: self.part(v) for k, v in (fn.__kwdefaults__ or {}).items()}
         for mine, theirs in zip(cells, old, strict=True):
             if mine is not theirs:
                 mine.cell_contents = self.part(theirs.cell_contents)
         scope.update({name: self.part(value) for name, value in named_globals(fn).items()})
-        return twin
+        return copied
 
 
 def _uses_module(value: Any, seen: set[int] | None = None) -> bool:
