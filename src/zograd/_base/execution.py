@@ -24,7 +24,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @functools.cache
-def keep_pages() -> None:
+def keep_freed_memory() -> None:
     """Let the C library keep memory that is freed for the next call of ``fn``: once in a process.
 
     glibc gives blocks above a threshold back to the system, and gets them again page by page, until a block of almost

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zograd._base.execution import keep_pages
+from zograd._base.execution import keep_freed_memory
 from zograd.errors import ZeroOrderWarning
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Points:
 
     def rows(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Leaves:
         """Return the points of directions ``lo`` to ``hi``, offset after offset, with a leading axis of rows."""
-        keep_pages()
+        keep_freed_memory()
         d, parts, num = self.directions, self._parts(lo, hi), hi - lo
         if len(offsets) == 1:
             return d.distribution.shift(d.space, self.params, parts, self._scales[offsets[0]])
