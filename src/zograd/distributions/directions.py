@@ -196,7 +196,7 @@ class WeightedMean:
     def add(self, coefficients: torch.Tensor) -> None:
         """Take the coefficients of the next directions, one for each slice, and sum every block that is whole now."""
         d, space = self._directions, self._directions.space
-        c = coefficients.reshape(-1, space.slices).to(device=space.device, dtype=space.dtype)
+        c = coefficients.reshape(-1, space.slices).to(space.device, space.dtype)
         if self._waiting is not None:
             c = torch.cat([self._waiting, c])
         used, known = 0, c.shape[0]  # not len(): torch's is a Python function

@@ -143,8 +143,29 @@ class _ZeroOrder(torch.autograd.Function):
         return stacked, (0,) * len(stacked)
 
 
-# torch asks for the signature in each call: to look it up anew is 6 % of the smallest estimate.
-_ZeroOrder.forward.__signature__ = inspect.signature(_ZeroOrder.forward)  # type: ignore[attr-defined]
+class _Bound:
+    """Arguments that are bound as they stand."""
+
+    __slots__ = ("args", "kwargs")
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.args = args
+        self.kwargs: dict[str, Any] = {}
+
+    def apply_defaults(self) -> None:
+        """Add nothing: there are no defaults."""
+
+
+class _Positional(inspect.Signature):
+    """The signature of a function that takes positional arguments and has no defaults."""
+
+    def bind(self, *args: Any) -> Any:
+        """Return them as they stand."""
+        return _Bound(args)
+
+
+# torch looks up the signature of `forward` and binds the arguments to it in each call, 12 us of an estimate of 190.
+_ZeroOrder.forward.__signature__ = _Positional()  # type: ignore[attr-defined]
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from zograd._base.isolation import ModuleFunction
 from zograd._base.streams import draw_seed, plain_call
 from zograd._base.torch_private import forward_mode_active, is_transformed, without_function_modes
-from zograd._base.trees import Arguments, Space, flatten, sigma_per_leaf, unsupported
+from zograd._base.trees import Arguments, Form, Space, flatten, sigma_per_leaf, unsupported
 from zograd.estimate.estimate import estimate
 from zograd.estimate.settings import Settings
 from zograd.evaluators.task.answer import Facts
@@ -63,6 +63,8 @@ class ZeroOrderFunction(Generic[P]):
         self.options = options
         self._facts = facts or Facts()
         self._typed = function_name(fn)
+        # Those of the last call with what they belong to: to make and check them anew is 3 % of the smallest estimate.
+        self._last: tuple[Space, Form, tuple[int, ...], Settings] | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
         """Call ``fn``; the result carries the estimate where a gradient can be asked for.
@@ -206,21 +208,40 @@ class ZeroOrderFunction(Generic[P]):
 
     def _prepared(self, arguments: Arguments, chosen: tuple[int, ...]) -> tuple[Call, tuple[torch.Tensor, ...]]:
         """Check a call's tensors and take them out of its arguments."""
-        o, leaves, num = self.options, arguments.leaves, self.options.num_samples
+        o, leaves = self.options, arguments.leaves
         params = tuple([leaves[i] for i in chosen])
         if o.batch_dim is not None or len(params) > 1 or not params[0].numel() or unsupported(params[0]):
             refuse(params, o.call, o.argnums, o.batch_dim)
         space = Space.of(params, o.batch_dim)
-        if isinstance(o.sigma, float):
-            sigma = (o.sigma,) * len(chosen)
-        else:
-            each = sigma_per_leaf(o.sigma, arguments, several=len(o.argnums) > 1)
-            sigma = tuple([s for i, s in zip(arguments.chosen, each, strict=True) if i in chosen])
-        check_radii(sigma, o.method, space.dtype, o.call)
+        last = self._last
+        if last is None or last[:3] != (space, arguments.form, chosen):
+            last = space, arguments.form, chosen, self._settings(arguments, chosen, space)
+            # A family that knows places in the space is one for these radii, made of what it is now.
+            self._last = last if last[3].distribution is o.distribution else None
         lost = None if len(leaves) == len(params) else _lost_gradient(arguments)
         if lost is not None:
             warn_of_lost_gradients(lost, self._typed, module=o.call != "zero_order")
-        settings = Settings(
+        positions = tuple([i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)])
+        bare = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        call = Call(
+            self.fn,
+            Arguments(arguments.form, arguments.spec, bare, chosen),
+            positions,
+            tuple([positions.index(i) for i in chosen]),
+            self._facts,
+            last[3],
+            space,
+            o.seed,
+            o.generator,
+        )
+        return call, tuple([leaves[i] for i in positions])
+
+    def _settings(self, arguments: Arguments, chosen: tuple[int, ...], space: Space) -> Settings:
+        o, num = self.options, self.options.num_samples
+        each = sigma_per_leaf(o.sigma, arguments, several=len(o.argnums) > 1)
+        sigma = tuple([s for i, s in zip(arguments.chosen, each, strict=True) if i in chosen])
+        check_radii(sigma, o.method, space.dtype, o.call)
+        return Settings(
             o.distribution.at_radii(sigma),
             o.method,
             num.bound if isinstance(num, Until) else num or space.dim,
@@ -231,20 +252,6 @@ class ZeroOrderFunction(Generic[P]):
             o.surrogate,
             num if isinstance(num, Until) else None,
         )
-        positions = tuple([i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)])
-        bare = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        call = Call(
-            self.fn,
-            Arguments(arguments.form, arguments.spec, bare, chosen),
-            positions,
-            tuple([positions.index(i) for i in chosen]),
-            self._facts,
-            settings,
-            space,
-            o.seed,
-            o.generator,
-        )
-        return call, tuple([leaves[i] for i in positions])
 
     def __get__(self, instance: object, owner: type | None = None) -> ZeroOrderFunction[Any]:
         if instance is None or not hasattr(self.fn, "__get__"):
@@ -349,13 +356,15 @@ class Call:
         Returns:
             The estimate.
         """
-        leaves = self.arguments.leaves.copy()
-        for k, position in enumerate(self.positions):
-            if k not in self.chosen:
-                t = tensors[k]  # detached, so that what fn computes with it has no way into the caller's graph
-                leaves[position] = t.detach().requires_grad_() if t.requires_grad else t
+        arguments = self.arguments
+        if len(self.positions) > len(self.chosen):
+            leaves = arguments.leaves.copy()
+            for k, position in enumerate(self.positions):
+                if k not in self.chosen:
+                    t = tensors[k]  # detached, so that what fn computes with it has no way into the caller's graph
+                    leaves[position] = t.detach().requires_grad_() if t.requires_grad else t
+            arguments = Arguments(arguments.form, arguments.spec, leaves, arguments.chosen)
         params = tuple([tensors[k].detach() for k in self.chosen])
-        arguments = Arguments(self.arguments.form, self.arguments.spec, leaves, self.arguments.chosen)
         objective = Objective(self.fn, arguments, params, self.facts, self.settings.policy)
         if not trackers():  # the smallest estimate has no time to lose
             return self._estimate(objective, params, structure)

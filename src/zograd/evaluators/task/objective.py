@@ -99,7 +99,7 @@ class Objective:
         self._dtype = torch.float64  # of the center's value, as fn returned it
         self._double = any(p.dtype == torch.float64 for p in params)
         self._others = _requiring_grad(arguments)
-        self._report = Report()
+        self._report = Report(facts=facts, counted=True)
         self._away: _Away | None = None  # what has to hold where the objective is not at home
         self._proof: tuple[str, bytes] | None = None
 
@@ -110,26 +110,18 @@ class Objective:
 
     # ------------------------------------------------------------------------------------------------ one estimate
 
-    @contextlib.contextmanager
-    def estimating(self, seed: int, *, shared: bool) -> Iterator[None]:
+    def estimating(self, seed: int, *, shared: bool) -> contextlib.AbstractContextManager[None]:
         """Hold the random state of an estimate; at its end the center's traces stay.
 
         Args:
             seed: the estimate's.
             shared: whether all points see the center's random numbers.
 
-        Yields:
-            Nothing.
+        Returns:
+            A context.
         """
         self.seed, self.shared = seed, shared
-        # User code needs grad mode, whoever calls us: an inner training loop is the main use.
-        with torch.enable_grad(), FnStream(seed, self.device, shared=shared) as self.stream:
-            try:
-                yield
-            finally:
-                self.stream = None
-        if isinstance(self.fn, ModuleFunction):
-            self.fn.commit()
+        return _Estimating(self)
 
     def take(self, answer: Answer, points: Points) -> torch.Tensor:
         """Merge an answer's report, and return its values.
@@ -237,7 +229,8 @@ class Objective:
         Returns:
             Values of shape (directions, offsets, *out), or an error, with a report.
         """
-        report = self._report = Report(facts=self.facts, counted=self._away is None)
+        if self._away is not None:
+            self._report = Report(facts=self.facts)
         try:
             with _NOTHING if self._away is None else self._elsewhere(points):
                 if how is None:
@@ -246,8 +239,8 @@ class Objective:
                     values = how(self, points, lo, hi)
                     accepted = not self.judges or self.policy.drop is not None or all_finite(values)
                 if accepted:
-                    return Answer(values, report)
-                return Answer(_NO_VALUES, report, not_finite(values, points.offsets, lo, self.name))
+                    return Answer(values, self._report)
+                return Answer(_NO_VALUES, self._report, not_finite(values, points.offsets, lo, self.name))
         except (Exception, SystemExit) as error:
             return self._without_values(error)
 
@@ -261,7 +254,8 @@ class Objective:
         Returns:
             The value, of the shape of all others, with a report.
         """
-        report = self._report = Report(facts=self.facts, counted=self._away is None)
+        if self._away is not None:
+            self._report = Report(facts=self.facts)
         try:
             with _NOTHING if self._away is None else self._elsewhere(points):
                 if self.policy.tries > 1:
@@ -270,7 +264,7 @@ class Objective:
                 else:
                     exact = self._at_center(points, batched=batched)
                 self.judge_center(exact)
-                return Answer(exact, report, dtype=self._dtype)
+                return Answer(exact, self._report, dtype=self._dtype)
         except (Exception, SystemExit) as error:
             return self._without_values(error)
 
@@ -574,6 +568,27 @@ class Objective:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._others = _requiring_grad(self.arguments)
+
+
+class _Estimating(contextlib.AbstractContextManager[None]):
+    """The random state and the grad mode of an estimate, held."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self._stream = FnStream(objective.seed, objective.device, shared=objective.shared)
+        self._grad = torch.enable_grad()
+
+    def __enter__(self) -> None:
+        self._stream.__enter__()
+        self._objective.stream = self._stream
+        self._grad.__enter__()  # user code needs it, whoever calls us: an inner training loop is the main use
+
+    def __exit__(self, *error: Any) -> None:
+        self._grad.__exit__(*error)
+        self._objective.stream = None
+        self._stream.__exit__(*error)
+        if error[0] is None and isinstance(self._objective.fn, ModuleFunction):
+            self._objective.fn.commit()
 
 
 @dataclass(frozen=True)
