@@ -53,7 +53,8 @@ class Outcome:
     rows: torch.Tensor
     failure: BaseException | None = None
 
-    _HEAD = struct.Struct("<?q1000s")  # failed, numbers in a row, the shape of a row or the failure as text
+    _HEAD = struct.Struct("<?q64s")  # failed, numbers in a row, the shape of a row as text
+    _TEXT = 1000  # bytes of a failure that the others are told
 
     @classmethod
     def of(cls, evaluate: Callable[[], torch.Tensor]) -> Outcome:
@@ -70,22 +71,26 @@ class Outcome:
 
     def head(self) -> bytes:
         """Return a fixed number of bytes that say how it went."""
-        failure = self.failure
-        text = str(tuple(self.shape)) if failure is None else f"{type(failure).__name__}: {failure}"
-        return self._HEAD.pack(failure is not None, self.shape.numel(), text.encode(errors="replace")[:1000])
+        return self._HEAD.pack(self.failure is not None, self.shape.numel(), str(tuple(self.shape)).encode()[:64])
 
     @classmethod
     def read(cls, data: bytes) -> tuple[bool, int, str]:
-        """Return whether a rank failed, how many numbers its rows have, and the text."""
+        """Return whether a rank failed, how many numbers its rows have, and their shape."""
         failed, numel, text = cls._HEAD.unpack_from(data)
-        return failed, numel, text.rstrip(b"\0").decode(errors="replace")
+        return failed, numel, text.rstrip(b"\0").decode()
+
+    def told(self) -> bytes:
+        """Return the failure, if there is one, as a fixed number of bytes."""
+        text = "" if self.failure is None else f"{type(self.failure).__name__}: {self.failure}"
+        return text.encode(errors="replace")[: self._TEXT].ljust(self._TEXT, b"\0")
 
 
 def gather(exchange: Exchange, share: Share, outcome: Outcome, name: str, expected: int) -> torch.Tensor:
     """Return the rows of all ranks in order, float64 on the CPU.
 
     One message carries what became of each rank and its rows, if these have as many numbers as expected. Where that
-    cannot be known before, as at the center of a function of several values, the rows come in a second one.
+    cannot be known before, as at the center of a function of several values, the rows come in a second one, and so do
+    the words of a failure.
     """
     most, shape = max(share.counts), outcome.shape
     fits = shape.numel() == expected
@@ -102,10 +107,11 @@ def gather(exchange: Exchange, share: Share, outcome: Outcome, name: str, expect
 def _check(exchange: Exchange, heads: list[tuple[bool, int, str]], outcome: Outcome, name: str) -> None:
     failed = [r for r, head in enumerate(heads) if head[0]]
     if failed:
-        texts = {heads[r][2] for r in failed}
+        words = [reply.rstrip(b"\0").decode(errors="replace") for reply in exchange.gather(outcome.told())]
+        texts = {words[r] for r in failed}
         if len(failed) == len(heads) and len(texts) == 1 and outcome.failure is not None:
             raise outcome.failure  # as in one process
-        text = heads[failed[0]][2]
+        text = words[failed[0]]
         more = "" if len(failed) == 1 else f" on {exchange.name(failed[:1])}"
         raise RankError(f"`Distributed`: {name} failed on {exchange.name(failed)}. It raised{more} {text}") from (
             outcome.failure
