@@ -7,6 +7,7 @@ chance, so that antithetic differences give a quadratic's gradient to rounding.
 from __future__ import annotations
 
 import math
+import weakref
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import zograd
 from problems import EXACT, ROWS
 from zograd import SecondDerivativeError, zero_order
 from zograd.distributions import Rademacher
+from zograd.failures import Drop
 
 # torch's own forward mode imports decompositions that use what torch deprecates.
 pytestmark = pytest.mark.filterwarnings(r"ignore:`torch.jit:DeprecationWarning")
@@ -1113,3 +1115,34 @@ def test_numpy_after_autograd_is_counted_and_sees_the_same_stream():
     estimate = f.estimate(X, "numpy")
     assert estimate.evaluations == len(draws) == 10  # each point once more
     assert draws[::2] == draws[1::2]
+
+
+def test_calls_that_differ_in_what_is_tracked_have_the_radii_of_their_own_leaves():
+    """The settings of the last call serve the next one that looks alike, and no other."""
+
+    def fn(params):
+        return params["a"].sum().sin() + params["b"].prod()
+
+    settings = {"sigma": {"a": 0.1, "b": 3.0}, "method": "antithetic", "num_samples": 3, "seed": 0}
+    often = zero_order(**settings)(fn)
+    for tracked in ("ab", "a", "b", "ab", "b", "a"):
+        for size in (2, 3):
+            grads = []
+            for once in (often, zero_order(**settings)(fn)):
+                params = {name: torch.ones(size).requires_grad_(name in tracked) for name in "ab"}
+                once(params).backward()
+                grads.append([params[name].grad for name in tracked])
+            assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("failures", ["raise", Drop(0.5)], ids=str)
+def test_a_loop_holds_one_point_at_a_time(failures):
+    points, alive = [], []
+
+    def fn(x):
+        alive.append(sum(point() is not None for point in points))
+        points.append(weakref.ref(x))
+        return float(x.sum())
+
+    zero_order(method="antithetic", num_samples=5, failures=failures)(fn).estimate(torch.ones(3))
+    assert alive == [0] * 11

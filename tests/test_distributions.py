@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import zograd
 from problems import Directions, adapted
 from zograd import ZeroOrderWarning, zero_order
 from zograd._base.trees import Space
@@ -216,3 +217,21 @@ def test_a_sigma_below_the_resolution_is_warned_of(dtype):
     with pytest.warns(ZeroOrderWarning, match=r"is 0\.001, below the resolution of torch\.(b?float16)"):
         f.estimate(torch.full((4,), 100.0, dtype=dtype))
     f.replace(sigma=1.0).estimate(torch.full((4,), 100.0, dtype=dtype))
+
+
+class Mirrored(Gaussian):
+    """Points on the other side, by a `shift` of its own."""
+
+    def shift(self, space, params, parts, scale):
+        return super().shift(space, params, parts, tuple(-s for s in scale))
+
+
+@pytest.mark.parametrize("evaluator", ["loop", "vmap", "batched", zograd.evaluators.Vmap(3)])
+def test_a_family_that_moves_parameters_in_its_own_way_does_so_under_every_evaluator(evaluator):
+    def fn(x):
+        return (x * torch.arange(1.0, 5.0)).sum(dim=-1)
+
+    settings = {"num_samples": 7, "seed": 0, "evaluator": evaluator, "method": "fourth_order"}
+    own = zograd.zero_order(Mirrored(), **settings)(fn).estimate(torch.ones(4))
+    plain = zograd.zero_order(Gaussian(), **settings)(fn).estimate(torch.ones(4))
+    torch.testing.assert_close(own.coefficients, -plain.coefficients)
