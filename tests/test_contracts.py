@@ -3,6 +3,10 @@
 import inspect
 import itertools
 import pickle
+import random
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from zograd._base.trees import Space
 from zograd.distributions import Dense
 from zograd.evaluators import EVALUATORS, Evaluator
 from zograd.evaluators.task.answer import Answer
+from zograd.failures import Drop
 from zograd.schemes import SCHEMES
 
 
@@ -838,3 +843,27 @@ def test_sigma_by_leaf_and_by_slice():
     decorated(w, b).backward(cotangent)
     torch.testing.assert_close(w.grad, cotangent[:, None] * expected(w.detach(), 0.5))
     torch.testing.assert_close(b.grad, cotangent * expected(b.detach(), 2.0))
+
+
+class InThreads(Evaluator):
+    """An engine of threads, which are handed the objective and the points as they are."""
+
+    def values(self, fn, points, lo=0, hi=None):
+        with ThreadPoolExecutor(4) as threads:
+            yield from threads.map(lambda span: fn.evaluate(points, *span), points.spans(2, lo, hi))
+
+
+@pytest.mark.parametrize("failures", ["raise", Drop(0.1)], ids=str)
+def test_an_engine_of_threads_shares_nothing_by_mistake(failures):
+    def fn(x):
+        time.sleep(1e-4)  # so that they get in each other's way
+        value = (x * torch.rand(300)).sum() + random.Random(zograd.current_seed()).random()
+        return value * (float("nan") if failures != "raise" and value < -10 else 1)
+
+    settings = {"num_samples": 40, "method": "antithetic", "seed": 0, "failures": failures}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", zograd.ZeroOrderWarning)  # of what was dropped
+        one = zero_order(**settings)(fn).estimate(torch.zeros(300))
+        many = zero_order(**settings, evaluator=InThreads())(fn).estimate(torch.zeros(300))
+    assert torch.equal(one.grad, many.grad)
+    assert (one.evaluations, one.failures) == (many.evaluations, many.failures)

@@ -100,6 +100,7 @@ class Objective:
         self._double = any(p.dtype == torch.float64 for p in params)
         self._others = _requiring_grad(arguments)
         self._report = Report(facts=facts, counted=True)
+        self._thread = threading.get_ident()
         self._away: _Away | None = None  # what has to hold where the objective is not at home
         self._proof: tuple[str, bytes] | None = None
 
@@ -231,6 +232,8 @@ class Objective:
         """
         if self._away is not None:
             self._report = Report(facts=self.facts)
+        elif threading.get_ident() != self._thread:  # an engine of threads: nothing here may be shared
+            return self._in_this_thread().evaluate(points.copy(), lo, hi, how)
         try:
             with _NOTHING if self._away is None else self._elsewhere(points):
                 if how is None:
@@ -537,6 +540,11 @@ class Objective:
         own = copy.copy(self)
         own.__dict__.update(self.__getstate__())
         own.fn, own.arguments, own._others = fn, arguments, _requiring_grad(arguments)
+        return own
+
+    def _in_this_thread(self) -> Objective:
+        own = self.for_thread(self.fn, self.arguments)
+        own._proof = ("", b"")  # of the same process
         return own
 
     @contextlib.contextmanager
