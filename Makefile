@@ -62,7 +62,7 @@ notebooks: $(VENV)/.stamp-docs  ## run the tutorial notebooks and write their ou
 	$(RUN) .ci/notebooks.py
 
 bench: $(BENCH)/.stamp  ## compare speed and memory with other packages, in an environment of its own (10 minutes)
-	cd benchmarks && ../$(BENCH_RUN) compare.py && ../$(BENCH_RUN) memory.py && ../$(BENCH_RUN) fixed_cost.py && ../$(BENCH_RUN) page.py
+	cd benchmarks && ../$(BENCH_RUN) compare.py && ../$(BENCH_RUN) memory.py && ../$(BENCH_RUN) fixed_cost.py && ../$(BENCH_RUN) page.py && ../$(BENCH_RUN) front_page.py
 
 bench-statistics: $(BENCH)/.stamp  ## count the evaluations that each direction family needs, beside other packages (30 minutes)
 	cd benchmarks && ../$(BENCH_RUN) evaluations.py
