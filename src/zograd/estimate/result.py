@@ -173,7 +173,7 @@ class Estimate:
         return self._tree(hessian_product(space, self.sigma, rows, space.join(tuple(leaves)), *parts))
 
     def differences(self) -> torch.Tensor:
-        """Return the second difference along each direction, float64 (num_samples, *out), minus a baseline.
+        """Return the second difference along each direction, float64 ``(num_samples, *out)``, minus a baseline.
 
         Raises:
             SecondDerivativeError: if directions that depend on each other were dropped.
