@@ -25,7 +25,6 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}
 HEIGHT = 3  # of the modules inside a folder, one inside it counting as one
-HIGHER = {"diagnostics": 6}  # still to be rebuilt
 
 
 def name_of(path):

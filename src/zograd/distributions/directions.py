@@ -26,7 +26,7 @@ _LEAST_AHEAD, _MOST_AHEAD = 1 << 17, 1 << 22
 class Directions:
     """The directions of one estimate, each a function of (seed, num, index).
 
-    Nothing is stored but the span of blocks made last: what an evaluator has just used is what the estimator sums next,
+    Nothing is stored but the span of blocks made last: what an evaluator has just used is what the estimate sums next,
     so each direction is made once, and neither of them knows of the other. Only directions that cannot be made again (a
     user's ``sample`` on numpy) are kept. With ``prefetch`` a second thread makes the next span meanwhile.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zograd._base import checks
 from zograd._base.trees import by_slice, one_per_slice, same_structure, take_apart, weigh
 from zograd.distributions.directions import contract, project
 from zograd.errors import SecondDerivativeError
@@ -271,6 +272,7 @@ class Estimate:
         Raises:
             ValueError: if the cosine is out of range, and as :meth:`standard_error`.
         """
+        cosine = checks.number(cosine, "`estimate.samples_needed(cosine=...)`")
         if not 0 < cosine < 1:
             raise ValueError(f"`estimate.samples_needed(cosine=...)` must lie between 0 and 1, got {cosine!r}.")
         return self._error_bars.needed(cosine)

@@ -45,7 +45,7 @@ def _descend(param: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:
 def _gradient(
     directions: Directions, coefficients: list[float], sigma: tuple[float, ...]
 ) -> Callable[[int], Iterator[tuple[int, torch.Tensor]]]:
-    """The gradient of a leaf by runs of values: where a run begins, and the run. In the order of Contraction's sums."""
+    """The gradient of a leaf by runs: where one begins, and its values. In the order of WeightedMean's sums."""
     space, num = directions.space, len(directions)
     c = torch.tensor(coefficients, dtype=space.dtype, device=space.device)
     if not directions.tiled:
