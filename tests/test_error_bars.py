@@ -106,7 +106,7 @@ def test_of_directions_that_are_no_matrix():
     x = torch.zeros(4, 3, dtype=torch.float64)
     found = estimate(LowRank(), num=30, function=lambda x: (x * torch.arange(12).view(4, 3)).sum(), x=x)
     d = found.directions
-    rows = torch.stack([torch.cat([run.clone() for _, run in d.values(i, 0, 12)]) for i in range(30)])
+    rows = torch.stack([torch.cat([run.clone() for _, run in d.entries(i, 0, 12)]) for i in range(30)])
     each = found.coefficients[:, None] * rows / 0.2
     torch.testing.assert_close(flat(found.standard_error()), each.std(dim=0) / math.sqrt(30))
 

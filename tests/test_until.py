@@ -47,7 +47,7 @@ def test_stops_when_the_ratio_is_reached_and_is_the_mean_so_far(distribution, ev
     assert found.evaluations == 1 + 2 * num
     if not distribution.independent:
         assert num % distribution.group(found.directions.space, 2000) == 0
-    rows = [torch.cat([run.clone() for _, run in found.directions.values(i, 0, D)]) for i in range(num)]
+    rows = [torch.cat([run.clone() for _, run in found.directions.entries(i, 0, D)]) for i in range(num)]
     expected = (found.coefficients[:, None] * torch.stack(rows)).mean(dim=0) / 0.1
     torch.testing.assert_close(found.grad, expected)
 

@@ -86,11 +86,11 @@ class Directions:
         family = self.distribution
         return self.block == 1 and isinstance(family, Dense) and type(family).draw is Dense.draw and self.replayable
 
-    def values(self, i: int, lo: int, hi: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Flat values ``lo`` to ``hi`` of direction ``i``, those of a long one by tiles if the family has them.
+    def entries(self, i: int, lo: int, hi: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Return flat entries ``lo`` to ``hi`` of direction ``i``, those of a long one by tiles if the family has them.
 
         Returns:
-            Where each run of values begins, and the run; valid until the next.
+            Where each run of entries begins, and the run; valid until the next.
         """
         family, space = self.distribution, self.space
         if self.tiled:

@@ -36,7 +36,7 @@ class Estimate:
         coefficients: one for each direction, the sum of the scheme's weights times its (shaped) values, in float64 and
             of shape ``(num_samples, *out)``.
         directions: the directions, made again when asked for; ``len()`` is how many there are, and
-            ``directions.values(i, 0, directions.space.size)`` yields the values of direction i in runs, each with the
+            ``directions.entries(i, 0, directions.space.size)`` yields the entries of direction i in runs, each with the
             place where it begins.
         settings: what the estimate is made of.
         evaluations: points evaluated, the center and retries included.

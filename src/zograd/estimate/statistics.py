@@ -166,7 +166,9 @@ class Groups:
         d = self.directions
         if isinstance(d.distribution, Dense):
             return d.noise(lo, hi)[0]
-        return torch.stack([torch.cat([run.clone() for _, run in d.values(i, 0, d.space.size)]) for i in range(lo, hi)])
+        return torch.stack(
+            [torch.cat([run.clone() for _, run in d.entries(i, 0, d.space.size)]) for i in range(lo, hi)]
+        )
 
     def _by_value(self, weights: torch.Tensor) -> torch.Tensor:
         """Weights of shape (rows, slices) at each value of the rows."""

@@ -155,7 +155,7 @@ def _agree(exchange: Exchange, points: Points, span: Any) -> None:
         )
     directions, space = points.directions, points.directions.space
     asked = [directions.num, span, list(points.offsets), list(points.sigma), space.batch_dim, space.slices]
-    first = [values for _, values in directions.values(0, 0, min(space.size, _SEEN))]
+    first = [run for _, run in directions.entries(0, 0, min(space.size, _SEEN))]
     told = {
         "versions": [__version__, str(torch.__version__)],
         "seed": directions.seed,

@@ -54,7 +54,7 @@ def _gradient(
 
     def runs(k: int) -> Iterator[tuple[int, torch.Tensor]]:
         divisor = num / directions.distribution.scale(space) * sigma[k]
-        for first, *others in zip(*(directions.values(i, *space.bounds[k]) for i in range(num)), strict=True):
+        for first, *others in zip(*(directions.entries(i, *space.bounds[k]) for i in range(num)), strict=True):
             total = first[1] * c[0]
             for i, (_, eps) in enumerate(others, 1):
                 total.addcmul_(eps, c[i])

@@ -382,7 +382,7 @@ class _Point:
         point = torch.empty(param.shape, dtype=param.dtype, device=param.device)
         old, new = param.reshape(-1), point.view(-1)
         lo, hi = self._directions.space.bounds[k]
-        for start, eps in self._directions.values(self._i, lo, hi):
+        for start, eps in self._directions.entries(self._i, lo, hi):
             run = slice(start - lo, start - lo + eps.numel())
             if param.dtype == eps.dtype:
                 torch.add(old[run], eps, alpha=scale, out=new[run])
