@@ -494,6 +494,20 @@ def test_what_fn_raises_away_from_its_arguments_is_reported():
     assert report.suggestion.num_samples is not None
 
 
+def test_a_point_without_a_finite_value_does_not_end_the_comparison_with_vmap():
+    """Its values are compared, not judged: only an estimate has no use for them."""
+    near = torch.linspace(0.1, 0.5, 3)
+
+    def fails_far_away(x):
+        return torch.where((x - near).norm() > 0.2, torch.nan, x.square().sum())
+
+    report = check(zero_order(sigma=0.2)(fails_far_away), near)
+    assert report.vectorized.works
+    assert report.vectorized.seconds > 0
+    assert report.sweep[-1].error.startswith("NonFiniteError")
+    assert report.suggestion.sigma < 0.2
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [

@@ -250,13 +250,14 @@ def vmap(subject: Subject, sigma: float, level: float, seed: int) -> Vectorized:
     points = tuple(
         (p + sigma * e.to(p.device, subject.space.dtype)).to(p.dtype) for p, e in zip(subject.params, rows, strict=True)
     )
-    objective, given = subject.objective(), Given(tuple(p.clone() for p in subject.params), points)
+    objective = subject.objective(judges=False)  # a value that is not finite is compared like any other
+    center = Given(tuple(p.clone() for p in subject.params), ())
     with objective.estimating(seed, shared=True):
-        objective.take_center(objective.center(given), given)
+        objective.take_center(objective.center(center), center)
         single, times = [], []
         for k in range(_ROWS):
             start = time.perf_counter()
-            single.append(objective.take(objective.evaluate(given, k, k + 1), given).item())
+            single.append(_value_of_one(objective, points, k))
             times.append(time.perf_counter() - start)
         looped = min(times)  # others may be at work on this machine
         with warnings.catch_warnings(record=True) as caught:
@@ -279,13 +280,17 @@ def vmap(subject: Subject, sigma: float, level: float, seed: int) -> Vectorized:
 
 def _one_draw_for_all(objective: Objective, points: Leaves) -> bool:
     """Whether one point has one value in all rows of a call, and another in each call of its own."""
-    first = tuple(p[:1] for p in points)
-    given = Given(tuple(p[0] for p in points), first)
-    one, other = (objective.take(objective.evaluate(given, 0, 1), given).item() for _ in range(2))
+    one, other = (_value_of_one(objective, points, 0) for _ in range(2))
     if one == other:
         return False
-    rows = _values_of_many(objective, tuple(p.expand(_ROWS, *p.shape[1:]).clone() for p in first))
+    rows = _values_of_many(objective, tuple(p[:1].expand(_ROWS, *p.shape[1:]).clone() for p in points))
     return bool((rows == rows[0]).all())
+
+
+def _value_of_one(objective: Objective, points: Leaves, k: int) -> float:
+    """Return the value at one of the points, by a call of its own."""
+    given = Given(tuple(p[k] for p in points), tuple(p[k : k + 1] for p in points))
+    return objective.take(objective.evaluate(given, 0, 1), given).item()
 
 
 def _values_of_many(objective: Objective, points: Leaves) -> torch.Tensor:
