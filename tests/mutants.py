@@ -311,7 +311,7 @@ MUTANTS = [
     ),
     Mutant(
         "a check that looks at vmap but does not compare",
-        "diagnostics/function/probes.py",
+        "diagnostics/function/vectorized.py",
         "    same = difference <= _VMAP_TOLERANCE",
         "    same = difference <= math.inf or difference <= _VMAP_TOLERANCE",
         (CHECK,),

@@ -5,9 +5,11 @@ Nothing here is needed for a gradient; it tells how good one is.
 
 from zograd.diagnostics.distribution.check import DistributionReport, Finding, check_distribution
 from zograd.diagnostics.function.advice import Need, Suggestion
-from zograd.diagnostics.function.probes import Calls, Noise, Pickling, Vectorized
+from zograd.diagnostics.function.autograd import Autograd
+from zograd.diagnostics.function.probes import Calls, Noise, Pickling
 from zograd.diagnostics.function.radii import Radius
-from zograd.diagnostics.report import Autograd, CheckReport
+from zograd.diagnostics.function.vectorized import Vectorized
+from zograd.diagnostics.report import CheckReport
 from zograd.diagnostics.run import check
 
 __all__ = [

@@ -13,27 +13,10 @@ from zograd.diagnostics.distribution.table import table
 if TYPE_CHECKING:
     from zograd.diagnostics.distribution.check import DistributionReport
     from zograd.diagnostics.function.advice import Need, Suggestion
-    from zograd.diagnostics.function.probes import Calls, Noise, Pickling, Vectorized
+    from zograd.diagnostics.function.autograd import Autograd
+    from zograd.diagnostics.function.probes import Calls, Noise, Pickling
     from zograd.diagnostics.function.radii import Radius
-
-
-@dataclass(frozen=True)
-class Autograd:
-    """How the smoothed gradient at the suggested sigma compares with autograd's.
-
-    Attributes:
-        differentiable: whether autograd gives a gradient that is finite and not zero.
-        error: why not, or None.
-        cosine: between the two, the noise of the directions removed.
-        scale: the length of the smoothed gradient along autograd's, over the latter's.
-        scale_error: the standard error of ``scale``.
-    """
-
-    differentiable: bool
-    error: str | None = None
-    cosine: float = math.nan
-    scale: float = math.nan
-    scale_error: float = math.nan
+    from zograd.diagnostics.function.vectorized import Vectorized
 
 
 @dataclass(frozen=True, repr=False)

@@ -6,6 +6,7 @@ a family whose directions complement each other. How far the groups' own estimat
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -244,19 +245,19 @@ def _from(groups: Groups, weights: torch.Tensor, kept: torch.Tensor) -> torch.Te
 
 @dataclass(frozen=True)
 class Length:
-    """What the estimates of one vector by independent groups of directions tell about its length.
+    """The length of a vector, as estimates of it by independent parts of the directions tell it.
 
     Args:
-        square: the squared length, unbiased: the mean product of two groups' estimates.
-        square_error: its standard error, by a jackknife over groups.
+        square: the squared length, unbiased: the mean product of two parts' estimates.
+        square_error: its standard error, by a jackknife over parts.
         variance: of one direction's estimate, the trace.
-        groups: the groups' estimates, float64 of shape (groups, size).
+        parts: the parts' estimates, float64 of shape (parts, size).
     """
 
     square: float
     square_error: float
     variance: float
-    groups: torch.Tensor
+    parts: torch.Tensor
 
     @property
     def resolved(self) -> bool:
@@ -265,7 +266,7 @@ class Length:
 
     def replace(self, square: float, error: float) -> Length:
         """The same with a squared length that is known from elsewhere."""
-        return Length(square, error, self.variance, self.groups)
+        return Length(square, error, self.variance, self.parts)
 
     def most(self) -> float:
         """What its squared length hardly exceeds."""
@@ -286,23 +287,49 @@ class Length:
         return math.sqrt(square / (square + self.variance / num)) if square else 0.0
 
 
-def length_of(means: torch.Tensor, directions: int) -> Length:
-    """Return what the estimates of some groups tell about the length of their mean.
+def length(groups: Groups, weights: torch.Tensor) -> Length:
+    """Return what estimates by parts of some directions tell about the length of their mean.
 
     Args:
-        means: float64, of shape (groups, size of a direction).
-        directions: how many there are in all groups.
+        groups: the directions, each a group by itself.
+        weights: the coefficients over the largest radius, float64 of shape (N,).
 
     Returns:
         The length.
     """
-    num, gram = len(means), means @ means.T
+    total, size = len(groups.directions), groups.directions.space.size
+    num = min(total, max(4, min(_MOST_PARTS, _LARGEST // size)), max(_PARTS, _SMALL // size))
+    bounds = [total * k // num for k in range(num + 1)]
+    means = torch.stack([_part(groups, weights, lo, hi) for lo, hi in itertools.pairwise(bounds)])
+    gram = means @ means.T
     off = gram.sum() - gram.trace()
     square = float(off) / (num * (num - 1))
     without = (off - 2 * (gram.sum(dim=1) - gram.diagonal())) / ((num - 1) * (num - 2))
     error = math.sqrt(float((without - without.mean()).square().sum()) * (num - 1) / num)
     within = max(0.0, float(gram.trace() - gram.sum() / num)) / (num - 1)
-    return Length(square, error, within * directions / num, means)
+    return Length(square, error, within * total / num, means)
+
+
+# A variance over few parts is known badly where there are few parameters, and many parts cost time where many.
+_PARTS, _MOST_PARTS = 16, 256
+_SMALL = 1 << 20  # entries up to which there are more parts
+_LARGEST = 1 << 27  # entries of all parts' estimates together, at most
+
+
+def _part(groups: Groups, weights: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
+    """The estimate by directions ``lo`` to ``hi`` alone, flat, in float64; each block is drawn once."""
+    d, total, at = groups.directions, None, lo
+    space, family = d.space, d.distribution
+    c = weights.to(space.device, space.dtype)[:, None]
+    with space.full_precision():
+        while at < hi:
+            end = min(hi, (at // d.block + 1) * d.block)
+            total = family.add_sum(space, d.noise(at, end), c[at:end], total)
+            at = end
+    assert total is not None
+    factor = family.scale(space) / (hi - lo) * max(groups.sigma)
+    leaves = zip(space.split(total.double()), groups.sigma, strict=True)
+    return torch.cat([(leaf * (factor / radius)).reshape(-1) for leaf, radius in leaves]).cpu()
 
 
 def _odds(cosine: float) -> float:

@@ -6,15 +6,26 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zograd.diagnostics.function.sweep import SCHEMES, Samples, measure
-from zograd.estimate.statistics import Length
-from zograd.schemes import ANTITHETIC
+from zograd.diagnostics.function.radii import smooth
+from zograd.distributions.gaussian import Gaussian
+from zograd.sampling import Until
+from zograd.schemes import ANTITHETIC, FORWARD, NAIVE, Scheme
 
 if TYPE_CHECKING:
-    from zograd.diagnostics.function.probes import Calls, Pickling, Vectorized
+    from collections.abc import Sequence
 
+    from zograd.diagnostics.function.probes import Calls, Pickling
+    from zograd.diagnostics.function.radii import Radius
+    from zograd.diagnostics.function.samples import Samples
+    from zograd.diagnostics.function.subject import Subject
+    from zograd.diagnostics.function.vectorized import Vectorized
+    from zograd.estimate.statistics import Length
+
+SCHEMES: tuple[Scheme, ...] = (FORWARD, ANTITHETIC, NAIVE)  # in the order of preference, where all else is equal
 _SLOW = 1e-3  # seconds: what handing a point to another process may cost
 _FASTER = 1.2
+_FRAMES = 1 << 12  # parameters up to which frames of orthogonal directions are made fast
+_WORTH = 0.9  # a share of the directions that is worth a word
 _ODDS = 0.81 / 0.19  # of a cosine of 0.9: the gradient's square over the error's
 
 
@@ -54,29 +65,82 @@ class Suggestion:
     reasons: tuple[str, ...]
 
 
-def needs(samples: Samples, ours: Length) -> dict[str, Need]:
-    """What each method would take, all from the same values.
+def needs(samples: Samples, length: Length) -> dict[str, Need]:
+    """Return what each method would take, all from the same values.
 
     Args:
         samples: at one sigma.
-        ours: what the antithetic estimates tell. The squared length of the gradient is theirs for all methods: the
-            means are the same, and their noise the least.
+        length: the gradient's, with the variance of antithetic estimates. Its square is that of all methods: the means
+            are the same, and the noise of antithetic estimates the least.
 
     Returns:
         The needs by method.
     """
     found = {}
     for scheme in SCHEMES:
-        variance = ours.variance if scheme is ANTITHETIC else measure(samples, samples.coefficients(scheme)).variance
-        shared = Length(ours.square, ours.square_error, variance, ours.groups)
-        num, least = shared.directions_needed(), shared.at_least()
+        own = length if scheme is ANTITHETIC else samples.length_of(samples.coefficients(scheme))
+        own = own.replace(length.square, length.square_error)
+        num, least = own.directions_needed(), own.at_least()
         name = scheme.name.lower()
         found[name] = Need(name, num, least, 1 + len(scheme.sides) * (num if math.isfinite(num) else least))
     return found
 
 
+def cosine_as_decorated(subject: Subject, radii: Sequence[Radius]) -> float | None:
+    """Return the cosine to expect of the settings that a function is decorated with; None if they do not tell."""
+    options = subject.options
+    at = next((r for r in radii if r.sigma == subject.sigma and r.samples is not None), None)
+    if options is None or at is None or at.samples is None or options.method not in SCHEMES:
+        return None
+    length = at.samples.best_length(smooth=smooth(at, radii))
+    own = at.samples.length_of(at.samples.coefficients(options.method)).replace(length.square, length.square_error)
+    num = options.num_samples
+    return own.cosine(num.bound if isinstance(num, Until) else num or subject.space.dim)
+
+
+def suggest(
+    subject: Subject, calls: Calls, evaluator: tuple[str, str], best: Radius | None, needed: dict[str, Need]
+) -> Suggestion:
+    """Suggest settings.
+
+    Args:
+        subject: the function.
+        calls: what its plain calls show.
+        evaluator: its name, and why.
+        best: what the best sigma does; None if there is none.
+        needed: directions and evaluations there, by method.
+
+    Returns:
+        The settings.
+    """
+    name, why = evaluator
+    if best is None or not needed:
+        return Suggestion("antithetic", None, None, name, ("no sigma gave estimates that can be used", why))
+    method = "antithetic"  # one center's noise in all differences does not average out
+    if calls.repeatable:
+        method = min(needed.values(), key=lambda need: need.evaluations).method
+    need = needed[method]
+    num = math.ceil(need.num_samples) if math.isfinite(need.num_samples) else None
+    reasons = [f"{method}: the fewest evaluations for a cosine of 0.9" if num else _unresolved(needed), why]
+    if not math.isnan(best.bias):
+        reasons.insert(1, f"sigma {best.sigma:.2g}: the least bias and deviation together, over some steps")
+    space = subject.space
+    if num and isinstance(subject.family, Gaussian) and space.slices == 1 and space.dim <= _FRAMES:
+        fewer = orthogonal(need.num_samples, space.dim)
+        if fewer <= _WORTH * num:
+            reasons.append(f"with `Orthogonal()` directions N = {fewer} would do, for {space.dim} parameters")
+    return Suggestion(method, best.sigma, num, name, tuple(reasons))
+
+
+def _unresolved(needed: dict[str, Need]) -> str:
+    least = needed["antithetic"].at_least
+    if math.isinf(least):
+        return "no gradient shows"
+    return f"no gradient shows above the noise in these evaluations; N is more than {least:.3g}"
+
+
 def orthogonal(num: float, dim: int) -> int:
-    """Directions of ``Orthogonal()`` for the cosine that takes ``num`` Gaussian ones, for any function and method.
+    """Return the directions of ``Orthogonal()`` for the cosine that takes ``num`` Gaussian ones, for any function and method.
 
     N of them, at most ``dim``, have a mean squared error less by (N - 1) / N of the gradient's square; above that,
     frames are independent.
@@ -94,7 +158,7 @@ def orthogonal(num: float, dim: int) -> int:
 
 
 def evaluator(calls: Calls, pickling: Pickling, vectorized: Vectorized, *, batched: bool) -> tuple[str, str]:
-    """The evaluator, and why."""
+    """Return the evaluator to use, and why."""
     if batched:
         return "batched", "fn takes many points at once as it is"
     usable = vectorized.works and vectorized.same

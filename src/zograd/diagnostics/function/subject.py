@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,16 +14,23 @@ from zograd._base.streams import TorchStream, plain_call
 from zograd._base.trees import Arguments, Space, flatten, sigma_per_leaf, unsupported
 from zograd.distributions.directions import Directions
 from zograd.distributions.gaussian import Gaussian
+from zograd.errors import ZeroOrderWarning
+from zograd.estimate.estimate import estimate
+from zograd.estimate.settings import Settings
+from zograd.evaluators import Batched, Evaluator, Loop, Vmap
 from zograd.evaluators.task.answer import Facts
 from zograd.evaluators.task.objective import Objective
 from zograd.evaluators.task.points import Points
 from zograd.evaluators.task.returned import as_tensor, function_name
 from zograd.func.options import Options
+from zograd.schemes import ANTITHETIC
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from zograd._base.trees import Leaves
+    from zograd.distributions.base import Distribution
+    from zograd.estimate.result import Estimate
 
 _CALL = "check"
 
@@ -49,7 +57,7 @@ class _OnReplicas:
         return nn.Module.__call__(Replica(self._template, tensors, copy_buffer).module, *args, **kwargs)
 
 
-class Given(Points):
+class GivenPoints(Points):
     """Points that are given themselves, a row of tensors each; the center is handed out and not copied.
 
     Args:
@@ -90,6 +98,12 @@ class Subject:
         kwargs: likewise.
         argnums: what to differentiate, for a plain function.
         budget: evaluations that may be made.
+
+    Attributes:
+        sigma: the largest radius of a leaf as decorated, or None.
+        unit: the radius of each leaf over the largest.
+        family: the directions of estimates, those that it is decorated with if they are independent of each other.
+        shape: of what ``fn`` returns, without the axis of parameter sets; None before the first call.
     """
 
     def __init__(
@@ -105,11 +119,20 @@ class Subject:
         self.params: Leaves = tuple(p.detach().clone() for p in arguments.params())
         _check_leaves(self.params, self.name)
         self.space: Space = Space.of(self.params)
-        self.batched: bool = self.options is not None and self.options.evaluator.batched
+        given_radii = None if options is None else _radii(options, self.arguments)
+        self.sigma: float | None = None if given_radii is None else max(given_radii)
+        self.unit: tuple[float, ...] = (1.0,) * len(self.params)
+        if given_radii is not None:
+            self.unit = tuple(radius / max(given_radii) for radius in given_radii)
+        self.family: Distribution = Gaussian()
+        if options is not None and _measures(options.distribution, self.space):
+            self.family = options.distribution
+        self.batched: bool = options is not None and options.evaluator.batched
+        self.vmapped: bool = False  # whether estimates may be vectorized
         self.budget = budget
         self.evaluations: int = 0
         self.facts: Facts = Facts()
-        self.shape: torch.Size | None = None  # of what fn returns, without the axis of parameter sets
+        self.shape: torch.Size | None = None
         self.dtype: torch.dtype | None = None
         self.before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None  # sees what fn is about to get
         self._cotangent: torch.Tensor | None = None
@@ -118,12 +141,6 @@ class Subject:
     def left(self) -> int:
         """Evaluations that may still be made."""
         return self.budget - self.evaluations
-
-    def radii(self) -> tuple[float, ...] | None:
-        """The sigma of each leaf as decorated, or None."""
-        if self.options is None:
-            return None
-        return sigma_per_leaf(self.options.sigma, self.arguments, several=len(self.options.argnums) > 1)
 
     def count(self, evaluations: int = 1, retries: int = 0, failures: int = 0) -> None:
         """Called before evaluations are made."""
@@ -152,7 +169,7 @@ class Subject:
             The value.
         """
         objective = self.objective(judges=False)
-        point = Given(tuple(p.clone() for p in self.params) if params is None else params, ())
+        point = GivenPoints(tuple(p.clone() for p in self.params) if params is None else params, ())
 
         def call() -> torch.Tensor:
             return objective.take_center(objective.center(point, batched=self.batched), point)[0]
@@ -163,6 +180,20 @@ class Subject:
             with TorchStream(self.space.device) as stream:
                 stream.seed(seed)
                 return plain_call(call, (), {}, rows=1).item()  # type: ignore[no-any-return]
+
+    def estimate(self, sigma: float, num: int, seed: int) -> Estimate:
+        """Estimate the gradient by ``num`` antithetic pairs, at a largest radius.
+
+        Raises:
+            OutOfBudgetError: if that takes more evaluations than are left.
+        """
+        if 2 * num + 1 > self.left:
+            raise OutOfBudgetError
+        evaluator: Evaluator = Batched() if self.batched else Vmap() if self.vmapped else Loop()
+        settings = Settings(self.family, ANTITHETIC, num, tuple(sigma * u for u in self.unit), evaluator)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ZeroOrderWarning)  # small radii are part of the question
+            return estimate(self.objective(), settings, self.params, self.space, seed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What ``fn`` returns, as one value (under ``"batched"`` one a parameter set)."""
@@ -178,6 +209,15 @@ class Subject:
             generator = torch.Generator().manual_seed(0)
             self._cotangent = torch.randn(self.shape, generator=generator, dtype=torch.float64).to(out.device)
         return (out.to(torch.float64) * self._cotangent).flatten(1 if self.batched else 0).sum(-1)
+
+
+def _radii(options: Options, arguments: Arguments) -> tuple[float, ...]:
+    return sigma_per_leaf(options.sigma, arguments, several=len(options.argnums) > 1)
+
+
+def _measures(family: Distribution, space: Space) -> bool:
+    """Return whether any number of these directions can be drawn again, each a sample of its own."""
+    return family.independent and family.centered and family.replayable(space)
 
 
 def _precision(given: Any, out: torch.Tensor) -> torch.dtype:
