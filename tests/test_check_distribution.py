@@ -8,7 +8,7 @@ import torch
 
 import zograd
 from zograd.diagnostics import check_distribution
-from zograd.diagnostics.distribution.moments import student
+from zograd.diagnostics.distribution.limits import student
 from zograd.distributions import (
     Coordinate,
     Dense,

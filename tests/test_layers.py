@@ -162,7 +162,7 @@ PRIVATE = {
         "test_check.py",
         "diagnostics.function.advice",
     ): "the number of orthogonal directions in closed form, at any d",
-    ("test_check_distribution.py", "diagnostics.distribution.moments"): "Student's quantile against printed tables",
+    ("test_check_distribution.py", "diagnostics.distribution.limits"): "Student's quantile against printed tables",
     ("test_contracts.py", "evaluators.task.answer"): "an evaluator that makes values up, which no engine does",
     ("test_directions.py", "evaluators.base"): "the chunk on a device that is not there",
     ("test_gpu.py", "evaluators.base"): "the chunk follows free memory; the numbers are the same at any chunk",

@@ -22,14 +22,15 @@ class ModuleFunction:
     Args:
         module: the module.
         names: the names of the parameters to replace, by their ``id``.
+        watches: whether the first evaluation is watched for parameters that it reaches past the replica.
     """
 
-    def __init__(self, module: nn.Module, names: dict[int, str]) -> None:
+    def __init__(self, module: nn.Module, names: dict[int, str], *, watches: bool = True) -> None:
         self._module = module
         self._names = names
         self._template: nn.Module | None = None
         self._center: Replica | None = None
-        self._watched = False  # whether a point's evaluation was seen to use no hidden parameter
+        self._watched = not watches  # whether a point's evaluation was seen to use no hidden parameter
         if parametrizations_cached():
             raise RuntimeError(
                 "a zeroth-order module cannot be evaluated inside `parametrize.cached()`: the cache would serve all "

@@ -3,7 +3,8 @@
 Nothing here is needed for a gradient; it tells how good one is.
 """
 
-from zograd.diagnostics.distribution.check import DistributionReport, Finding, check_distribution
+from zograd.diagnostics.distribution.check import check_distribution
+from zograd.diagnostics.distribution.report import DistributionReport, Finding
 from zograd.diagnostics.function.advice import Need, Suggestion
 from zograd.diagnostics.function.autograd import Autograd
 from zograd.diagnostics.function.probes import Calls, Noise, Pickling

@@ -8,10 +8,10 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zograd.diagnostics.distribution.table import table
+from zograd.diagnostics.distribution.report import table
 
 if TYPE_CHECKING:
-    from zograd.diagnostics.distribution.check import DistributionReport
+    from zograd.diagnostics.distribution.report import DistributionReport
     from zograd.diagnostics.function.advice import Need, Suggestion
     from zograd.diagnostics.function.autograd import Autograd
     from zograd.diagnostics.function.probes import Calls, Noise, Pickling

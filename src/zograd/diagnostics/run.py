@@ -18,7 +18,7 @@ from zograd.diagnostics.report import CheckReport
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from zograd.diagnostics.distribution.check import DistributionReport
+    from zograd.diagnostics.distribution.report import DistributionReport
 
 LEAST_BUDGET = 120
 _INTEGER = "an integer"  # the words for an int in the errors of `check`
@@ -169,7 +169,7 @@ def _sweep(
         radii.roundoff_limit(subject, calls.value, 0.0 if random else noise.level, slope),
         radii.noise_limit(noise.level if random else 0.0, slope),
     )
-    return radii.with_bias(seen, gradient, max(limits)), limits
+    return radii.with_bias(seen, gradient.flat, gradient.mean, max(limits)), limits
 
 
 def _final(subject: Subject, best: radii.Radius, seed: int) -> Samples | None:

@@ -140,10 +140,10 @@ def _unresolved(needed: dict[str, Need]) -> str:
 
 
 def orthogonal(num: float, dim: int) -> int:
-    """Return the directions of ``Orthogonal()`` for the cosine that takes ``num`` Gaussian ones, for any function and method.
+    """Return the directions of ``Orthogonal()`` for the cosine that takes ``num`` Gaussian ones.
 
-    N of them, at most ``dim``, have a mean squared error less by (N - 1) / N of the gradient's square; above that,
-    frames are independent.
+    This holds for any function and method: N of them, at most ``dim``, have a mean squared error less by (N - 1) / N
+    of the gradient's square; above that, frames are independent.
 
     Args:
         num: of independent Gaussian directions, for a cosine of 0.9.

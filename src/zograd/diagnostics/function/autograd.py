@@ -87,6 +87,9 @@ def compare(gradient: Gradient, samples: Samples | None) -> Autograd:
     Args:
         gradient: autograd's.
         samples: at the best sigma; None if there is none.
+
+    Returns:
+        The comparison.
     """
     if gradient.flat is None or gradient.mean is None or samples is None:
         return Autograd(False, gradient.error or "no sigma works")
@@ -104,7 +107,10 @@ def compare(gradient: Gradient, samples: Samples | None) -> Autograd:
 def known_length(gradient: Gradient, compared: Autograd, samples: Samples) -> Length | None:
     """Return the length of the smoothed gradient with the square that follows from autograd's and the bias.
 
-    These are known better than the products of parts.
+    Both are known better than the products of parts.
+
+    Returns:
+        The length; None if autograd gives no gradient, or the two have nothing in common.
     """
     if gradient.mean is None or not compared.cosine > 0:
         return None

@@ -52,8 +52,8 @@ class Calls:
 
 def calls(subject: Subject) -> Calls:
     """Call it some times in the same place, as it comes and with one random state, and watch what it changes."""
-    entered: list[Any] = []
-    subject.before = lambda args, kwargs: entered.append(_Arguments(subject, args, kwargs))
+    entered: list[Picture] = []  # the other arguments as fn got them
+    subject.before = lambda args, kwargs: entered.append(Picture(None, _others(subject, args, kwargs)))
     point, state = tuple(p.clone() for p in subject.params), RandomStates(subject.space.device)
     picture = Picture(subject.fn, subject.beside)
     try:
@@ -62,7 +62,7 @@ def calls(subject: Subject) -> Calls:
         changed = (*picture.changed(), *entered[-1].changed())
     finally:
         subject.before = None
-    written = not all(map(torch.equal, point, subject.params)) or entered[-1].wrote(point)
+    written = not all(map(torch.equal, point, subject.params)) or any(map(_was_written_to, point))
     if not math.isfinite(first):
         raise NonFiniteError(f"{subject.name} returned {first} at the arguments themselves (the center).")
     more = [_timed(subject, None) for _ in range(_CALLS - 1)]
@@ -80,20 +80,15 @@ def calls(subject: Subject) -> Calls:
     )
 
 
-class _Arguments:
-    """The arguments as fn got them, to be compared with what it leaves."""
+def _others(subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that are not differentiated, by name."""
+    chosen = set(subject.arguments.form.argnums)
+    named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    return {f"argument {i}": x for i, x in named.items() if i not in chosen}
 
-    def __init__(self, subject: Subject, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        chosen = set(subject.arguments.form.argnums)
-        named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-        self._others = {f"argument {i}": x for i, x in named.items() if i not in chosen}
-        self._picture = Picture(None, self._others)
 
-    def changed(self) -> tuple[str, ...]:
-        return self._picture.changed()
-
-    def wrote(self, point: Leaves) -> bool:
-        return any(writes(p) > 0 and not p.requires_grad for p in point)
+def _was_written_to(leaf: torch.Tensor) -> bool:
+    return writes(leaf) > 0 and not leaf.requires_grad
 
 
 def _timed(subject: Subject, point: Leaves | None) -> tuple[float, float]:

@@ -16,7 +16,6 @@ from zograd.errors import EvaluationError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from zograd.diagnostics.function.autograd import Gradient
     from zograd.diagnostics.function.subject import Subject
 
 _POINTS = 9
@@ -83,28 +82,31 @@ def typical_slope(radii: Sequence[Radius]) -> float:
     return sizes[len(sizes) // 2] if sizes else 0.0
 
 
-def with_bias(radii: Sequence[Radius], gradient: Gradient, limit: float) -> list[Radius]:
+def with_bias(
+    radii: Sequence[Radius], gradient: torch.Tensor | None, mean: torch.Tensor | None, limit: float
+) -> list[Radius]:
     """Fill in bias and deviation, relative to autograd's gradient or to the least sigma that shows one.
 
     The differences of coefficients along the same directions leave the noise of the directions out.
 
     Args:
         radii: of one seed.
-        gradient: autograd's, if there is one.
+        gradient: autograd's, flat, or None.
+        mean: that of an estimate of it.
         limit: the round-off limit, below which nothing is a reference.
 
     Returns:
         The same with more filled in.
     """
     reference = None
-    if gradient.mean is not None:
-        length = float(gradient.mean.double().norm())
+    if mean is not None:
+        length = float(mean.double().norm())
     else:
         reference = _reference([r for r in radii if r.samples is not None and r.sigma >= limit])
         if reference is None or reference.samples is None:
             return list(radii)
         length = reference.signal or _rms(reference.samples)
-    return [_compared(r, gradient.flat, reference, length) for r in radii]
+    return [_compared(r, gradient, reference, length) for r in radii]
 
 
 def _reference(usable: list[Radius]) -> Radius | None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from zograd._base.replica import Replica
+from zograd._base.isolation import ModuleFunction
 from zograd._base.streams import TorchStream, plain_call
-from zograd._base.trees import Arguments, Space, flatten, sigma_per_leaf, unsupported
+from zograd._base.trees import Arguments, Space, flatten, sigma_per_leaf
 from zograd.distributions.directions import Directions
 from zograd.distributions.gaussian import Gaussian
 from zograd.errors import ZeroOrderWarning
@@ -22,6 +23,7 @@ from zograd.evaluators.task.answer import Facts
 from zograd.evaluators.task.objective import Objective
 from zograd.evaluators.task.points import Points
 from zograd.evaluators.task.returned import as_tensor, function_name
+from zograd.func.inputs import refuse
 from zograd.func.options import Options
 from zograd.schemes import ANTITHETIC
 
@@ -37,24 +39,6 @@ _CALL = "check"
 
 class OutOfBudgetError(Exception):
     """The next evaluation would pass the budget; it was not begun."""
-
-
-class _OnReplicas:
-    """A plain module as a function of its trainable parameters; nothing is written to the module."""
-
-    def __init__(self, module: nn.Module, trainable: dict[str, nn.Parameter]) -> None:
-        self._names = {id(p): name for name, p in trainable.items()}
-        self._template = Replica(module, {}, torch.clone).module
-        self.__qualname__ = type(module).__qualname__
-
-    def __call__(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        like = next(iter(params.values()))
-
-        def copy_buffer(buffer: torch.Tensor) -> torch.Tensor:
-            return like.new_zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device).copy_(buffer)
-
-        tensors = {identity: params[name] for identity, name in self._names.items()}
-        return nn.Module.__call__(Replica(self._template, tensors, copy_buffer).module, *args, **kwargs)
 
 
 class GivenPoints(Points):
@@ -115,9 +99,15 @@ class Subject:
         self.options: Options | None = options
         self.name: str = function_name(self.fn)
         self.__qualname__ = self.name.strip("`")
-        self.arguments: Arguments = _with_copies(arguments)
+        # With tensors and arrays of its own, so that the caller's are never written to.
+        self.arguments: Arguments = replace(arguments, leaves=[_copied(leaf) for leaf in arguments.leaves])
         self.params: Leaves = tuple(p.detach().clone() for p in arguments.params())
-        _check_leaves(self.params, self.name)
+        if not any(p.numel() for p in self.params):
+            raise ValueError(
+                f"`{_CALL}(fn, ...)`: no floating-point tensor to differentiate in the arguments of {self.name}: give "
+                "`argnums`."
+            )
+        refuse(self.params, _CALL, argnums if options is None else options.argnums, None)
         self.space: Space = Space.of(self.params)
         given_radii = None if options is None else _radii(options, self.arguments)
         self.sigma: float | None = None if given_radii is None else max(given_radii)
@@ -184,6 +174,9 @@ class Subject:
     def estimate(self, sigma: float, num: int, seed: int) -> Estimate:
         """Estimate the gradient by ``num`` antithetic pairs, at a largest radius.
 
+        Returns:
+            The estimate.
+
         Raises:
             OutOfBudgetError: if that takes more evaluations than are left.
         """
@@ -240,7 +233,8 @@ def _taken_apart(
         parameters = {name: p for name, p in given.named_parameters() if p.requires_grad}
         if not parameters:
             raise ValueError(f"`{_CALL}(fn)`: the module {type(given).__name__} has no trainable parameters.")
-        return _OnReplicas(given, parameters), None, flatten((parameters, *args), kwargs, (0,))
+        fn = ModuleFunction(given, {id(p): name for name, p in parameters.items()}, watches=False)
+        return fn, None, flatten((parameters, *args), kwargs, (0,))
     if not callable(given):
         raise TypeError(
             f"`{_CALL}(fn)` must be a function, a decorated one or a module, got {type(given).__name__} {given!r:.80}."
@@ -263,26 +257,7 @@ def _place(fn: Callable[..., Any], argnum: int, args: tuple[Any, ...], kwargs: d
     )
 
 
-def _with_copies(arguments: Arguments) -> Arguments:
-    """The same call with tensors and arrays of its own, so that the caller's are never written to."""
-    return Arguments(arguments.form, arguments.spec, [_copied(leaf) for leaf in arguments.leaves], arguments.chosen)
-
-
 def _copied(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return leaf.detach().clone().requires_grad_(leaf.requires_grad)
     return leaf.copy() if type(leaf).__module__ == "numpy" and hasattr(leaf, "shape") else leaf
-
-
-def _check_leaves(params: Leaves, name: str) -> None:
-    if not any(p.numel() for p in params):
-        raise ValueError(
-            f"`{_CALL}(fn, ...)`: no floating-point tensor to differentiate in the arguments of {name}: give `argnums`."
-        )
-    for p in params:
-        kind = unsupported(p)
-        if kind:
-            raise TypeError(f"`{_CALL}(fn, ...)`: differentiated tensors must be dense and real, got {kind}.")
-    devices = sorted({str(p.device) for p in params})
-    if len(devices) > 1:
-        raise ValueError(f"`{_CALL}(fn, ...)`: differentiated tensors must be on one device, got {devices}.")
