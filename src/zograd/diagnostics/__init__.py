@@ -1,13 +1,15 @@
-"""How far a setup can be trusted: a function and its settings, a distribution of directions.
+"""Checks of a setup: of a function and its settings, and of a distribution of directions.
 
-Nothing here is needed for a gradient; it tells how good one is.
+No gradient needs them; they say how good one is.
 """
 
 from zograd.diagnostics.distribution.check import check_distribution
 from zograd.diagnostics.distribution.report import DistributionReport, Finding
 from zograd.diagnostics.function.advice import Need, Suggestion
 from zograd.diagnostics.function.autograd import Autograd
-from zograd.diagnostics.function.probes import Calls, Noise, Pickling
+from zograd.diagnostics.function.calls import Calls
+from zograd.diagnostics.function.noise import Noise
+from zograd.diagnostics.function.pickling import Pickling
 from zograd.diagnostics.function.radii import Radius
 from zograd.diagnostics.function.vectorized import Vectorized
 from zograd.diagnostics.report import CheckReport

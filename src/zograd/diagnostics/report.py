@@ -1,4 +1,4 @@
-"""What a check found: an object with fields, and a table when printed."""
+"""Report of a check: an object with fields, and a table when printed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from zograd.diagnostics.distribution.report import DistributionReport
     from zograd.diagnostics.function.advice import Need, Suggestion
     from zograd.diagnostics.function.autograd import Autograd
-    from zograd.diagnostics.function.probes import Calls, Noise, Pickling
+    from zograd.diagnostics.function.calls import Calls
+    from zograd.diagnostics.function.noise import Noise
+    from zograd.diagnostics.function.pickling import Pickling
     from zograd.diagnostics.function.radii import Radius
     from zograd.diagnostics.function.vectorized import Vectorized
 
 
 @dataclass(frozen=True, repr=False)
 class CheckReport:
-    """What :func:`zograd.check` found; true where nothing speaks against the setup.
+    """Findings of :func:`zograd.check`; true if nothing speaks against the setup.
 
     Attributes:
         name: the function.
@@ -81,12 +83,12 @@ class CheckReport:
         )
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """The table, where IPython or a notebook shows what a cell returns."""
+        """Show the table where IPython or a notebook shows the value of a cell."""
         printer.text(str(self))
 
     @property
     def _limit(self) -> str:
-        """What sets the limit below which a sigma is of no use."""
+        """Name of the limit below which a sigma is of no use."""
         return "limit of steps" if self.noise.kind == "steps" else "round-off limit"
 
     def _about_calls(self) -> list[tuple[str, str]]:
@@ -177,7 +179,7 @@ def _limits(ax: Any, report: CheckReport) -> None:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines that leave the table a hundred characters wide, the further ones indented."""
+    """Return lines that leave the table a hundred characters wide, the further ones indented."""
     return textwrap.wrap(text, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 

@@ -8,10 +8,13 @@ import torch
 
 from zograd._base import checks
 from zograd.diagnostics.distribution.check import check_distribution
-from zograd.diagnostics.function import advice, autograd, probes, radii, verdicts
+from zograd.diagnostics.function import advice, autograd, radii, verdicts
+from zograd.diagnostics.function.calls import plain_calls
+from zograd.diagnostics.function.noise import noise_floor
+from zograd.diagnostics.function.pickling import pickled
 from zograd.diagnostics.function.samples import Samples
 from zograd.diagnostics.function.subject import Subject
-from zograd.diagnostics.function.vectorized import Vectorized, vmap
+from zograd.diagnostics.function.vectorized import vectorized
 from zograd.diagnostics.function.watch import Picture, RandomStates
 from zograd.diagnostics.report import CheckReport
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from zograd.diagnostics.distribution.report import DistributionReport
+    from zograd.diagnostics.function.calls import Calls
+    from zograd.diagnostics.function.noise import Noise
 
 LEAST_BUDGET = 120
 _INTEGER = "an integer"  # the words for an int in the errors of `check`
@@ -106,12 +111,13 @@ def check(
 
 def _examine(subject: Subject, seed: int) -> CheckReport:
     """Ask the single questions, estimate over a range of sigma and once more at the best, and conclude."""
-    calls = probes.calls(subject)
+    calls = plain_calls(subject)
     subject.facts.draws = "torch" in calls.draws
-    pickling = probes.pickling(subject, subject.value(seed=1) if calls.repeatable else None)
-    noise = probes.noise(subject, calls, seed)
-    vectorized = _vectorized(subject, noise.level, seed)
-    subject.vmapped = vectorized.works and vectorized.same and vectorized.seconds < vectorized.looped
+    pickling = pickled(subject, subject.value(seed=1) if calls.repeatable else None)
+    noise = noise_floor(subject, seed, repeatable=calls.repeatable)
+    sigma = subject.sigma or min(radii.grid(subject, 3)[1], 1.0)
+    many = vectorized(subject, sigma, noise.level, seed)
+    subject.vmapped = many.works and many.same and many.seconds < many.looped
     gradient = autograd.gradient(subject, seed, deterministic=calls.deterministic)
     sweep, limits = _sweep(subject, calls, noise, gradient)
     best = radii.choose(sweep, max(limits))
@@ -120,11 +126,11 @@ def _examine(subject: Subject, seed: int) -> CheckReport:
     if best is not None and final is not None:
         length = autograd.known_length(gradient, compared, final) or final.best_length(smooth=radii.smooth(best, sweep))
         needed = advice.needs(final, length)
-    found = verdicts.Found(subject, calls, vectorized, compared, sweep, max(limits))
+    found = verdicts.Found(subject, calls, many, compared, sweep, max(limits))
     problems, distribution = [*verdicts.problems(found)], _distribution(subject, seed)
     if distribution is not None and not distribution:
         problems.append(f"the distribution is not what it says: {distribution.summary()}")
-    evaluator = advice.evaluator(calls, pickling, vectorized, batched=subject.batched)
+    evaluator = advice.evaluator(calls, pickling, many, batched=subject.batched)
     return CheckReport(
         name=subject.name,
         dim=subject.space.size,
@@ -133,7 +139,7 @@ def _examine(subject: Subject, seed: int) -> CheckReport:
         calls=calls,
         noise=noise,
         pickling=pickling,
-        vectorized=vectorized,
+        vectorized=many,
         autograd=compared,
         sweep=tuple(sweep),
         roundoff_sigma=limits[0],
@@ -147,18 +153,8 @@ def _examine(subject: Subject, seed: int) -> CheckReport:
     )
 
 
-def _vectorized(subject: Subject, level: float, seed: int) -> Vectorized:
-    if subject.batched:
-        return Vectorized(False, 'fn takes many points at once, as `evaluator="batched"` asks')
-    sigma = subject.sigma or min(radii.grid(subject, 3)[1], 1.0)
-    try:
-        return vmap(subject, sigma, level, seed)
-    except Exception as error:  # fn's own, at some point away from the center
-        return Vectorized(False, f"fn raised at sigma = {sigma:.2g}: {type(error).__name__}: {error}")
-
-
 def _sweep(
-    subject: Subject, calls: probes.Calls, noise: probes.Noise, gradient: autograd.Gradient
+    subject: Subject, calls: Calls, noise: Noise, gradient: autograd.Gradient
 ) -> tuple[list[radii.Radius], tuple[float, float]]:
     """Return what each sigma does, and the limits below which rounding and noise are too much of the differences."""
     points = 9 if subject.left >= 250 else 5

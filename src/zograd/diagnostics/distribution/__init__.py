@@ -1,1 +1,1 @@
-"""What is asked of a family of directions."""
+"""Checks of a family of directions."""

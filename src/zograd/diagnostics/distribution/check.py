@@ -1,4 +1,4 @@
-"""``check_distribution``: is a family of directions what it says?"""
+"""``check_distribution``: the properties that a family of directions says it has, compared with samples."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _space(shape: Any, dtype: torch.dtype) -> Space:
 
 
 def _agreement(family: Distribution, space: Space, seed: int) -> Finding:
-    """The dense directions, by way of points, against the family's own sums and products."""
+    """Compare the dense directions, by way of points, with the family's own sums and products."""
     num = min(8, family.rows(space, 8))
     directions = Directions(family, space, seed, num)
     noise = directions.noise(0, num)

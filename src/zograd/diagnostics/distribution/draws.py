@@ -1,4 +1,4 @@
-"""How directions are drawn: again with the same bits, and independent from group to group and seed to seed."""
+"""Draws of directions: the same bits from the same seed, independent groups and seeds."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def independence(family: Distribution, space: Space, seed: int, z: float) -> Fin
 
 
 def _correlation(pairs: list[torch.Tensor], *, rowwise: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The correlation of two groups' values (2, rows, vectors), its standard error and the number of samples.
+    """Return the correlation of two groups' values (2, rows, vectors), its standard error and the number of samples.
 
     Samples are rows where these are independent, else the means over a pair's rows.
 

@@ -65,7 +65,7 @@ class Moments:
         generator = torch.Generator().manual_seed((seed + 2) % (1 << 32))
         vectors = torch.randn(_VECTORS, space.size, generator=generator, dtype=torch.float64)
         vectors[0] = 1.0  # what all values have in common
-        self.directions = 0  # looked at so far
+        self.directions: int = 0  # looked at so far
         self._vectors = vectors / vectors.norm(dim=1, keepdim=True)
         self._pairs = torch.triu_indices(_VECTORS, _VECTORS)
         self._values, self._squares, self._fourths = _Sums(space.size), _Sums(space.size), _Sums(1)

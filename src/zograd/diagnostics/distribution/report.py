@@ -1,4 +1,4 @@
-"""What a look at a family of directions found: findings, and a table when printed."""
+"""Report on a family of directions: one finding a property, and a table when printed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Finding:
 
 @dataclass(frozen=True, repr=False)
 class DistributionReport:
-    """What :func:`check_distribution` found; true where the family is what it says.
+    """Findings of :func:`check_distribution`; true if the family is what it says.
 
     Attributes:
         name: the family.
@@ -60,7 +60,7 @@ class DistributionReport:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """All of them, in the order of the table."""
+        """All findings, in the order of the table."""
         return (
             self.mean,
             self.covariance,
@@ -75,7 +75,7 @@ class DistributionReport:
         return all(finding.ok is not False for finding in self.findings)
 
     def summary(self) -> str:
-        """One line: the family, and what does not hold."""
+        """Return one line: the family, and the properties that do not hold."""
         wrong = ", ".join(f"{f.name} ({f.detail})" for f in self.findings if f.ok is False)
         return f"{self.name} is as it says" if not wrong else f"{self.name}: WRONG {wrong}"
 
@@ -90,7 +90,7 @@ class DistributionReport:
         return f"DistributionReport({self.name}, size={self.dim}, directions={self.directions}, wrong={wrong})"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """The table, where IPython or a notebook shows what a cell returns."""
+        """Show the table where IPython or a notebook shows the value of a cell."""
         printer.text(str(self))
 
 

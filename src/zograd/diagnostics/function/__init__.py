@@ -1,1 +1,1 @@
-"""What is asked of one function, question by question."""
+"""Questions about one function, a file each."""

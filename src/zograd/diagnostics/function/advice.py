@@ -1,4 +1,4 @@
-"""What to do with what was found: method, sigma, number of directions, evaluator."""
+"""Suggested settings: method, sigma, number of directions, evaluator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from zograd.schemes import ANTITHETIC, FORWARD, NAIVE, Scheme
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from zograd.diagnostics.function.probes import Calls, Pickling
+    from zograd.diagnostics.function.calls import Calls
+    from zograd.diagnostics.function.pickling import Pickling
     from zograd.diagnostics.function.radii import Radius
     from zograd.diagnostics.function.samples import Samples
     from zograd.diagnostics.function.subject import Subject
@@ -31,7 +32,7 @@ _ODDS = 0.81 / 0.19  # of a cosine of 0.9: the gradient's square over the error'
 
 @dataclass(frozen=True)
 class Need:
-    """What a method takes for a cosine of 0.9 at one sigma.
+    """Cost of a method for a cosine of 0.9 at one sigma.
 
     Attributes:
         method: its name.

@@ -35,7 +35,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Autograd:
-    """How the smoothed gradient at the suggested sigma compares with autograd's.
+    """Comparison of the smoothed gradient at the suggested sigma with autograd's.
 
     Attributes:
         differentiable: whether autograd gives a gradient that is finite and not zero.
@@ -82,7 +82,7 @@ def gradient(subject: Subject, seed: int, *, deterministic: bool) -> Gradient:
 
 
 def compare(gradient: Gradient, samples: Samples | None) -> Autograd:
-    """Compare it with the smoothed gradient.
+    """Compare autograd's gradient with the smoothed one.
 
     Args:
         gradient: autograd's.

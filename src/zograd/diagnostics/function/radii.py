@@ -1,4 +1,4 @@
-"""Which sigma: bias against variance over a range of them."""
+"""Bias and variance over a range of sigma, and the best of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HALF = 0.5  # a gradient off by more is another one, and its deviation no measu
 
 @dataclass(frozen=True)
 class Radius:
-    """What one sigma does, measured with antithetic directions.
+    """Bias and deviation at one sigma, measured with antithetic directions.
 
     Attributes:
         sigma: the largest radius of a leaf.
@@ -53,10 +53,9 @@ class Radius:
 
 def grid(subject: Subject, num: int) -> list[float]:
     """Return sigmas from far below the size of the parameters to it, the one that was given among them."""
-    size = math.sqrt(sum(float(p.double().square().sum()) for p in subject.params) / subject.space.size) or 1.0
     low = -6.0 if subject.space.dtype == torch.float64 else -4.0
     num, given = min(num, _POINTS), subject.sigma
-    sigmas = [size * 10 ** (low * (1 - k / (num - 1))) for k in range(num)]
+    sigmas = [subject.size * 10 ** (low * (1 - k / (num - 1))) for k in range(num)]
     if given is not None:
         nearest = min(sigmas, key=lambda s: abs(math.log(s / given)))
         sigmas[sigmas.index(nearest)] = given
@@ -110,7 +109,7 @@ def with_bias(
 
 
 def _reference(usable: list[Radius]) -> Radius | None:
-    """The least sigma whose slopes are those of the next one, too; else the least that shows a gradient."""
+    """Return the least sigma whose slopes are those of the next one, too; else the least that shows a gradient."""
     agreeing = (a for a, b in itertools.pairwise(usable) if _agree(a, b))
     return next(agreeing, None) or next((r for r in usable if r.signal > 0), None)
 

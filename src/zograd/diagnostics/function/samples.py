@@ -1,4 +1,4 @@
-"""An antithetic estimate as a sample: slopes along its directions, for all schemes, and what they tell."""
+"""Antithetic estimates as samples: slopes along their directions for every scheme, and the gradient's length."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Samples:
         return dots * (len(d) / d.distribution.scale(d.space) / self.sigma)
 
     def length_of(self, slopes: torch.Tensor) -> Length:
-        """Return what such slopes tell about the length of the vector that they are slopes of."""
+        """Return the length of the vector that has these slopes."""
         return length(Groups(self.estimate.directions, self.estimate.sigma), slopes)
 
     @cached_property

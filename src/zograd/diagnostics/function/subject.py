@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ _CALL = "check"
 
 
 class OutOfBudgetError(Exception):
-    """The next evaluation would pass the budget; it was not begun."""
+    """Error of an evaluation that would pass the budget, and was not begun."""
 
 
 class GivenPoints(Points):
@@ -109,11 +110,9 @@ class Subject:
             )
         refuse(self.params, _CALL, argnums if options is None else options.argnums, None)
         self.space: Space = Space.of(self.params)
-        given_radii = None if options is None else _radii(options, self.arguments)
-        self.sigma: float | None = None if given_radii is None else max(given_radii)
-        self.unit: tuple[float, ...] = (1.0,) * len(self.params)
-        if given_radii is not None:
-            self.unit = tuple(radius / max(given_radii) for radius in given_radii)
+        radii = (1.0,) * len(self.params) if options is None else _radii(options, self.arguments)
+        self.sigma: float | None = None if options is None else max(radii)
+        self.unit: tuple[float, ...] = tuple(radius / max(radii) for radius in radii)
         self.family: Distribution = Gaussian()
         if options is not None and _measures(options.distribution, self.space):
             self.family = options.distribution
@@ -133,15 +132,20 @@ class Subject:
         return self.budget - self.evaluations
 
     def count(self, evaluations: int = 1, retries: int = 0, failures: int = 0) -> None:
-        """Called before evaluations are made."""
+        """Count evaluations, before they are made."""
         del retries, failures
         if evaluations > self.left:
             raise OutOfBudgetError
         self.evaluations += evaluations
 
     @property
+    def size(self) -> float:
+        """The typical size of a parameter; 1 if all are zero."""
+        return math.sqrt(sum(float(p.double().square().sum()) for p in self.params) / self.space.size) or 1.0
+
+    @property
     def beside(self) -> dict[str, Any]:
-        """What belongs to the function and is none of its arguments, by name."""
+        """Objects that belong to the function and are none of its arguments, by name."""
         return {"the module": self.given} if isinstance(self.given, nn.Module) else {}
 
     def objective(self, *, judges: bool = True) -> Objective:
@@ -151,7 +155,7 @@ class Subject:
         return objective
 
     def value(self, params: Leaves | None = None, seed: int | None = None) -> float:
-        """The value in one plain call; with ``seed`` torch's random stream begins there, else it goes on.
+        """Return the value in one plain call; with ``seed`` torch's random stream begins there, else it goes on.
 
         ``params`` may be written to by ``fn``; without them it gets copies of its own.
 
@@ -189,7 +193,7 @@ class Subject:
             return estimate(self.objective(), settings, self.params, self.space, seed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What ``fn`` returns, as one value (under ``"batched"`` one a parameter set)."""
+        """Return the result of ``fn`` as one value (under ``"batched"`` one a parameter set)."""
         if self.before is not None:
             self.before(args, kwargs)
         given = self.fn(*args, **kwargs)
@@ -214,7 +218,7 @@ def _measures(family: Distribution, space: Space) -> bool:
 
 
 def _precision(given: Any, out: torch.Tensor) -> torch.dtype:
-    """A Python float is a double, but most come from a float32 tensor; then its value is one of float32."""
+    """Return the dtype of a value. A Python float is a double, unless it came from a float32 tensor."""
     if not isinstance(given, float):
         return out.dtype
     return torch.float32 if float(torch.tensor(given, dtype=torch.float32)) == given else torch.float64

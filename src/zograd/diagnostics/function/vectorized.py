@@ -1,4 +1,4 @@
-"""``torch.vmap`` of a function, beside the function itself at the same points."""
+"""Comparison of ``torch.vmap`` with the function itself, at the same points."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _VMAP_TOLERANCE = 64.0  # roundings: vectorized kernels sum in another order
 
 @dataclass(frozen=True)
 class Vectorized:
-    """What ``torch.vmap`` makes of a function.
+    """Values and speed of a function under ``torch.vmap``.
 
     Attributes:
         works: whether it runs.
@@ -47,8 +47,21 @@ class Vectorized:
     warning: str | None = None
 
 
-def vmap(subject: Subject, sigma: float, level: float, seed: int) -> Vectorized:
-    """Evaluate some points one by one and vectorized, under one random state; ``level`` is the noise floor."""
+def vectorized(subject: Subject, sigma: float, level: float, seed: int) -> Vectorized:
+    """Evaluate some points one by one and vectorized, under one random state; ``level`` is the noise floor.
+
+    Returns:
+        The comparison; what ``fn`` raises at a point by itself is its error.
+    """
+    if subject.batched:
+        return Vectorized(False, 'fn takes many points at once, as `evaluator="batched"` asks')
+    try:
+        return _compared(subject, sigma, level, seed)
+    except Exception as error:  # fn's own, at some point away from the center
+        return Vectorized(False, f"fn raised at sigma = {sigma:.2g}: {type(error).__name__}: {error}")
+
+
+def _compared(subject: Subject, sigma: float, level: float, seed: int) -> Vectorized:
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randn((_ROWS, *p.shape), generator=generator, dtype=torch.float32) for p in subject.params]
     points = tuple(
@@ -83,7 +96,7 @@ def vmap(subject: Subject, sigma: float, level: float, seed: int) -> Vectorized:
 
 
 def _one_draw_for_all(objective: Objective, points: Leaves) -> bool:
-    """Whether one point has one value in all rows of a call, and another in each call of its own."""
+    """Return whether one point has one value in all rows of a call, and another in each call of its own."""
     one, other = (_value_of_one(objective, points, 0) for _ in range(2))
     if one == other:
         return False
@@ -101,14 +114,14 @@ def _values_of_many(objective: Objective, points: Leaves) -> torch.Tensor:
     """Return the values at points with a leading axis, by one vectorized call."""
     given = GivenPoints(tuple(p[0] for p in points), points)
 
-    def vectorized(fn: Objective, points: Points, lo: int, hi: int) -> torch.Tensor:
+    def how(fn: Objective, points: Points, lo: int, hi: int) -> torch.Tensor:
         return cast("torch.Tensor", in_one_call(fn, points, lo, hi, points.offsets, "same"))
 
-    return objective.take(objective.evaluate(given, 0, len(points[0]), vectorized), given).flatten()
+    return objective.take(objective.evaluate(given, 0, len(points[0]), how), given).flatten()
 
 
 def _seconds_of_many(subject: Subject, objective: Objective, points: Leaves) -> float:
-    """The least time of one evaluation among many, of three tries."""
+    """Return the least time of one evaluation among many, of three tries."""
     copies = max(1, subject.budget // _SHARE // _ROWS // _TRIES)
     more, times = tuple(torch.cat([p] * copies) for p in points), []
     for _ in range(_TRIES if copies > 1 else 1):

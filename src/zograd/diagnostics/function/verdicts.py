@@ -1,4 +1,4 @@
-"""What makes a gradient wrong or useless, and what one should know besides."""
+"""Problems, which make a gradient wrong or useless, and notes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from zograd.diagnostics.function.autograd import Autograd
-    from zograd.diagnostics.function.probes import Calls
+    from zograd.diagnostics.function.calls import Calls
     from zograd.diagnostics.function.radii import Radius
     from zograd.diagnostics.function.subject import Subject
     from zograd.diagnostics.function.vectorized import Vectorized
@@ -39,7 +39,7 @@ _OTHER_VALUES = 'its values under `evaluator="vmap"` are others than in a loop.'
 
 
 def problems(found: Found) -> Iterator[str]:
-    """Yield what makes a gradient wrong or useless."""
+    """Yield what makes a gradient wrong or useless, a sentence each."""
     calls, vectorized, sigma = found.calls, found.vectorized, found.subject.sigma
     if calls.changed:
         yield f"fn changes {', '.join(calls.changed)}: later evaluations see another function."
@@ -52,7 +52,7 @@ def problems(found: Found) -> Iterator[str]:
 
 
 def notes(found: Found) -> Iterator[str]:
-    """Yield what one should know."""
+    """Yield what the user should know, a sentence each."""
     subject, calls, vectorized, autograd = found.subject, found.calls, found.vectorized, found.autograd
     if subject.options is not None and subject.family is not subject.options.distribution:
         given = subject.options.distribution
