@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zograd.diagnostics.distribution.report import table
@@ -63,8 +63,8 @@ class CheckReport:
     given_cosine: float | None
     distribution: DistributionReport | None
     suggestion: Suggestion
-    problems: tuple[str, ...] = field(default=())
-    notes: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return not self.problems

@@ -126,8 +126,10 @@ def _examine(subject: Subject, seed: int) -> CheckReport:
     if best is not None and final is not None:
         length = autograd.known_length(gradient, compared, final) or final.best_length(smooth=radii.smooth(best, sweep))
         needed = advice.needs(final, length)
-    found = verdicts.Found(subject, calls, many, compared, sweep, max(limits))
-    problems, distribution = [*verdicts.problems(found)], _distribution(subject, seed)
+    problems, distribution = (
+        [*verdicts.problems(subject, calls, many, sweep, max(limits))],
+        _distribution(subject, seed),
+    )
     if distribution is not None and not distribution:
         problems.append(f"the distribution is not what it says: {distribution.summary()}")
     evaluator = advice.evaluator(calls, pickling, many, batched=subject.batched)
@@ -149,7 +151,7 @@ def _examine(subject: Subject, seed: int) -> CheckReport:
         distribution=distribution,
         suggestion=advice.suggest(subject, calls, evaluator, best, needed),
         problems=tuple(problems),
-        notes=tuple(verdicts.notes(found)),
+        notes=tuple(verdicts.notes(subject, calls, many, sweep, compared)),
     )
 
 

@@ -50,6 +50,12 @@ class Radius:
     is_reference: bool = False
     samples: Samples | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def slopes(self) -> torch.Tensor:
+        """The antithetic estimates of the slope along each direction, where there are any."""
+        assert self.samples is not None
+        return self.samples.slopes
+
 
 def grid(subject: Subject, num: int) -> list[float]:
     """Return sigmas from far below the size of the parameters to it, the one that was given among them."""
@@ -77,7 +83,7 @@ def measure(subject: Subject, sigma: float, num: int) -> Radius:
 
 def typical_slope(radii: Sequence[Radius]) -> float:
     """Return the slope along a direction, the median over sigma, since the ends are noise and curvature."""
-    sizes = sorted(_rms(r.samples) for r in radii if r.samples is not None)
+    sizes = sorted(_rms(r) for r in radii if r.samples is not None)
     return sizes[len(sizes) // 2] if sizes else 0.0
 
 
@@ -97,15 +103,15 @@ def with_bias(
     Returns:
         The same with more filled in.
     """
-    reference = None
-    if mean is not None:
+    if gradient is not None and mean is not None:
         length = float(mean.double().norm())
-    else:
-        reference = _reference([r for r in radii if r.samples is not None and r.sigma >= limit])
-        if reference is None or reference.samples is None:
-            return list(radii)
-        length = reference.signal or _rms(reference.samples)
-    return [_compared(r, gradient, reference, length) for r in radii]
+        return [r if r.samples is None else _compared(r, r.samples.slopes_of(gradient), length) for r in radii]
+    reference = _reference([r for r in radii if r.samples is not None and r.sigma >= limit])
+    if reference is None:
+        return list(radii)
+    length = reference.signal or _rms(reference)
+    marked = [replace(r, is_reference=r is reference) for r in radii]
+    return [r if r.samples is None else _compared(r, reference.slopes, length) for r in marked]
 
 
 def _reference(usable: list[Radius]) -> Radius | None:
@@ -114,22 +120,14 @@ def _reference(usable: list[Radius]) -> Radius | None:
     return next(agreeing, None) or next((r for r in usable if r.signal > 0), None)
 
 
-def _compared(r: Radius, gradient: torch.Tensor | None, reference: Radius | None, length: float) -> Radius:
-    if r.samples is None:
-        return r
-    if gradient is not None:
-        expected = r.samples.slopes_of(gradient)
-    else:
-        assert reference is not None
-        assert reference.samples is not None
-        expected = reference.samples.slopes
-    off = r.samples.length_of(r.samples.slopes - expected)
+def _compared(r: Radius, expected: torch.Tensor, length: float) -> Radius:
+    assert r.samples is not None
+    off = r.samples.length_of(r.slopes - expected)
     return replace(
         r,
         bias=math.sqrt(max(off.square, 0.0)) / length,
         bias_limit=math.sqrt(off.most()) / length,
         deviation=math.sqrt(r.samples.length.variance) / length,
-        is_reference=r is reference,
     )
 
 
@@ -141,14 +139,11 @@ def smooth(at: Radius, radii: Sequence[Radius]) -> bool:
 
 
 def _agree(a: Radius, b: Radius) -> bool:
-    assert a.samples is not None
-    assert b.samples is not None
-    x, y = a.samples.slopes, b.samples.slopes
-    return bool(x.any()) and float((x - y).norm()) < _AGREEING * float(x.norm())
+    return bool(a.slopes.any()) and float((a.slopes - b.slopes).norm()) < _AGREEING * float(a.slopes.norm())
 
 
-def _rms(samples: Samples) -> float:
-    return float(samples.slopes.square().mean().sqrt())
+def _rms(r: Radius) -> float:
+    return float(r.slopes.square().mean().sqrt())
 
 
 def choose(radii: Sequence[Radius], limit: float) -> Radius | None:
