@@ -300,6 +300,8 @@ def length(groups: Groups, weights: torch.Tensor) -> Length:
     total, size = len(groups.directions), groups.directions.space.size
     num = min(total, max(4, min(_MOST_PARTS, _LARGEST // size)), max(_PARTS, _SMALL // size))
     bounds = [total * k // num for k in range(num + 1)]
+    if total * size <= _SMALL:
+        groups.directions.noise(0, total)  # all blocks at once, which stay in memory for the next call
     means = torch.stack([_part(groups, weights, lo, hi) for lo, hi in itertools.pairwise(bounds)])
     gram = means @ means.T
     off = gram.sum() - gram.trace()
@@ -312,7 +314,7 @@ def length(groups: Groups, weights: torch.Tensor) -> Length:
 
 # A variance over few parts is known badly where there are few parameters, and many parts cost time where many.
 _PARTS, _MOST_PARTS = 16, 256
-_SMALL = 1 << 20  # entries up to which there are more parts
+_SMALL = 1 << 20  # entries up to which there are more parts, and directions are drawn once
 _LARGEST = 1 << 27  # entries of all parts' estimates together, at most
 
 
