@@ -168,7 +168,7 @@ PRIVATE = {
     ("test_gpu.py", "evaluators.base"): "the chunk follows free memory; the numbers are the same at any chunk",
     ("test_low_rank.py", "distributions.factored"): "layers that form no dense matrix, which no number shows",
     ("test_overlay.py", "optim.overlay"): "parameters swapped while `fn` runs: each way to read them, by itself",
-    ("test_pool.py", "evaluators.task.objective"): "a worker of another torch, or of other points, as if elsewhere",
+    ("test_pool.py", "evaluators.task.answer"): "a worker of another torch, or of other points, as if elsewhere",
     ("test_pool.py", "evaluators.workers.shipping"): "bytes sent, and the pickler as if cloudpickle were not installed",
     ("test_second_derivatives.py", "estimate.second_order"): "the baseline of dependent directions at chosen values",
     ("test_unrolled.py", "unrolled.particles"): "the points of a window by themselves, pickled",

@@ -22,7 +22,7 @@ import zograd
 from simulators import Shuffled, cubes, processes
 from zograd import zero_order
 from zograd.evaluators import Journal, Pool
-from zograd.evaluators.task import objective
+from zograd.evaluators.task.answer import Proof
 from zograd.failures import Drop, Retry
 
 X = torch.linspace(-1, 1, 5)
@@ -316,22 +316,22 @@ def test_eight_bytes_a_value():
 
 def _elsewhere(version, digest):
     """What proves points: another thing in the threads of a pool."""
-    proof = objective.proof
+    of = Proof.of
 
     def proves(points):
-        return proof(points) if threading.current_thread() is threading.main_thread() else (version, digest)
+        return of(points) if threading.current_thread() is threading.main_thread() else Proof(version, digest)
 
     return proves
 
 
 def test_a_worker_with_other_directions_is_found_out(threads, monkeypatch):
-    monkeypatch.setattr(objective, "proof", _elsewhere(torch.__version__, b"other"))
+    monkeypatch.setattr(Proof, "of", _elsewhere(torch.__version__, b"other"))
     with pytest.raises(zograd.DeterminismError, match=r"`Pool`: worker .* makes other points than this process"):
         estimate(cubes, threads, failures=Drop())
 
 
 def test_a_worker_with_another_torch_is_found_out(threads, monkeypatch):
-    monkeypatch.setattr(objective, "proof", _elsewhere("2.0", b""))
+    monkeypatch.setattr(Proof, "of", _elsewhere("2.0", b""))
     with pytest.raises(zograd.DeterminismError, match=r"worker .* has torch 2\.0, this process .*: directions"):
         estimate(cubes, threads)
 

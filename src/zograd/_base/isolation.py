@@ -94,3 +94,14 @@ def _again(module: nn.Module, parameters: dict[str, nn.Parameter]) -> ModuleFunc
 def leaves_traces(fn: Callable[..., Any]) -> bool:
     """Return whether the center leaves traces, so that it must be evaluated where the function is."""
     return isinstance(fn, ModuleFunction)
+
+
+def at_center(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what to call at the center, in place of the function."""
+    return fn.at_center if isinstance(fn, ModuleFunction) else fn
+
+
+def commit(fn: Callable[..., Any]) -> None:
+    """Let the traces of the center stay, now that the estimate is done."""
+    if isinstance(fn, ModuleFunction):
+        fn.commit()

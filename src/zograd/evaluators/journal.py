@@ -17,7 +17,6 @@ import torch
 from zograd._base import checks
 from zograd._base.buffers import from_bytes, to_bytes
 from zograd._base.digest import Digest, Undigestable, code_of
-from zograd._base.isolation import leaves_traces
 from zograd._base.streams import CENTER
 from zograd._base.versions import __version__
 from zograd.errors import JournalError, ReplayError
@@ -97,7 +96,7 @@ class Journal(Evaluator):
     def center(self, fn: Objective, points: Points) -> Answer:
         """Return the center's value from the file; a module is evaluated again, for the traces that this leaves."""
         recorded = self._recorded(fn, points)
-        if recorded.center is not None and not leaves_traces(fn.fn):
+        if recorded.center is not None and fn.module is None:
             return recorded.recall_center()
         answer = self.inner.center(fn, points)
         return answer if answer.error is not None else recorded.take_center(answer)
@@ -291,7 +290,7 @@ def _digest(fn: Objective, points: Points, key: Callable[..., Any] | None) -> by
     digest.add([leaf.detach() for leaf in points.first()])
     if key is not None:
         args, kwargs = fn.arguments.build(points.params)
-        stands = key(*args[leaves_traces(fn.fn) :], **kwargs)
+        stands = key(*args[fn.module is not None :], **kwargs)
         return _add(digest, stands, "what `Journal(key=...)` returned").result()
     chosen = set(fn.arguments.chosen)
     digest.add(str(fn.arguments.spec)).add(fn.arguments.order())

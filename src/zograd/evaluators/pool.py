@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from zograd._base import checks
 from zograd._base.execution import cores
-from zograd._base.isolation import leaves_traces
 from zograd.errors import ReplayError
 from zograd.evaluators.base import Evaluator
 from zograd.evaluators.workers.dispatch import Dispatch
@@ -20,6 +19,7 @@ from zograd.evaluators.workers.worker import Job, PickledJob
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import TracebackType
+    from weakref import WeakKeyDictionary
 
     from zograd.evaluators.task.answer import Answer
     from zograd.evaluators.task.objective import Objective
@@ -101,7 +101,7 @@ class Pool(Evaluator):
 
     def center(self, fn: Objective, points: Points) -> Answer:
         """Evaluate the parameters in a worker; here, if that leaves traces."""
-        if leaves_traces(fn.fn):
+        if fn.module is not None:
             return super().center(fn, points)
         with self._dispatch(fn, points) as dispatch:
             return dispatch.center()
@@ -126,11 +126,12 @@ class Pool(Evaluator):
 
     def _job(self, fn: Objective, points: Points) -> PickledJob:
         """Return what workers get to know of an estimate; the same where a journal asks span by span."""
-        if not isinstance(fn.sent, PickledJob):
+        jobs: WeakKeyDictionary[Objective, PickledJob] = self._workers.jobs
+        if fn not in jobs:
             own = fn.for_thread(fn.fn, fn.arguments)
             job = Job(own, points, self.threads, self._workers.owned, context=contextvars.copy_context())
-            fn.sent = PickledJob(job, self._workers.ways)
-        return fn.sent
+            jobs[fn] = PickledJob(job, self._workers.ways)
+        return jobs[fn]
 
     def close(self) -> None:
         """End the pool's own executor, whatever it is doing; the next estimate makes a new one."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import pickle
 import traceback
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from zograd._base.buffers import from_bytes, to_bytes
-from zograd.errors import EvaluationError, WorkerError
+from zograd._base.digest import Digest
+from zograd.errors import DeterminismError, EvaluationError, WorkerError
+
+if TYPE_CHECKING:
+    from zograd.evaluators.task.points import Points
 
 
 @dataclass
@@ -29,6 +33,40 @@ class Facts:
         """Add what was found out elsewhere."""
         self.differentiates |= other.differentiates
         self.draws |= other.draws
+
+
+class Proof(NamedTuple):
+    """What shows that two processes make the same points: torch's version and a digest of the first point."""
+
+    version: str
+    digest: bytes
+
+    @classmethod
+    def of(cls, points: Points) -> Proof:
+        """Make the first point here."""
+        return cls(torch.__version__, Digest().add([leaf.detach() for leaf in points.first()]).result())
+
+    def compare(self, other: Proof, worker: str | None, typed: str) -> None:
+        """Raise if a worker makes other points.
+
+        Args:
+            other: the worker's.
+            worker: what it is called.
+            typed: how errors call the evaluator.
+
+        Raises:
+            DeterminismError: if it has another torch or makes other points.
+        """
+        if other.version != self.version:
+            raise DeterminismError(
+                f"{typed}: worker {worker} has torch {other.version}, this process {self.version}: directions, and so "
+                "the gradient, may differ. Install the same version everywhere."
+            )
+        if other.digest != self.digest:
+            raise DeterminismError(
+                f"{typed}: worker {worker} makes other points than this process from the same seed, as if it were "
+                "another kind of machine. Its values would belong to another gradient."
+            )
 
 
 @dataclass
@@ -50,8 +88,21 @@ class Report:
     failures: int = 0
     facts: Facts = field(default_factory=Facts)
     worker: str | None = None
-    proof: tuple[str, bytes] | None = None
+    proof: Proof | None = None
     counted: bool = False
+
+    @classmethod
+    def of(cls, reports: list[Report]) -> Report:
+        """Return the report of a task from those of its parts, which were counted."""
+        whole = cls(
+            sum(report.evaluations for report in reports),
+            sum(report.retries for report in reports),
+            sum(report.failures for report in reports),
+            counted=True,
+        )
+        for report in reports:
+            whole.facts.learn(report.facts)
+        return whole
 
 
 @dataclass
@@ -85,7 +136,7 @@ class Answer:
 def beside(answers: list[Answer], directions: int) -> Answer:
     """Return the answer that these are parts of, direction by direction and offset by offset."""
     values = torch.cat([answer.values.flatten(0, 1) for answer in answers])
-    return Answer(values.view(directions, -1, *values.shape[1:]))
+    return Answer(values.view(directions, -1, *values.shape[1:]), Report.of([answer.report for answer in answers]))
 
 
 class RemoteTraceback(Exception):

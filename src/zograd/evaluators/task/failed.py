@@ -1,4 +1,4 @@
-"""Which values are those of failed evaluations, and what is said of them."""
+"""Evaluations that fail: how often they are tried, which of their values are lost, and what is said of them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,60 @@ from typing import TYPE_CHECKING
 import torch
 
 from zograd.errors import NonFiniteError
+from zograd.failures import is_failure
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import TypeAlias
+
+    from zograd.failures import Policy
 
     Value: TypeAlias = float | torch.Tensor
 
 _NAMED = 8  # points that an error lists
 
 
-def lost(value: Value, rows: int | None) -> int:
+def repeated(
+    evaluate: Callable[[], Value],
+    policy: Policy,
+    rows: int | None,
+    *,
+    drops: bool,
+    raises: bool,
+    tell: Callable[[int, int], None],
+) -> Value | None:
+    """Evaluate one point, or many, as often as a policy says.
+
+    Args:
+        evaluate: makes the points and evaluates them.
+        policy: how often, and whether what fails then is given up.
+        rows: how many points there are, with a row of values each; None for one.
+        drops: whether the points may be given up: the center may not.
+        raises: whether exceptions of ``fn`` go up as they are.
+        tell: called with the numbers of retries and failures as they happen.
+
+    Returns:
+        The values, those not finite that are given up; None if there are none.
+    """
+    kept: Value | None = None
+    for left in reversed(range(policy.tries)):
+        goes_on = left or (drops and policy.drop is not None)
+        try:
+            value = evaluate()
+        except Exception as error:
+            if raises or not is_failure(error) or not goes_on:
+                raise
+            failed = rows or 1
+        else:
+            kept = value if kept is None else _completed(kept, value, rows)
+            if not _lost(kept, rows) or not goes_on:
+                return kept
+            failed = _lost(value, rows)
+        tell((rows or 1) if left else 0, failed)
+    return kept
+
+
+def _lost(value: Value, rows: int | None) -> int:
     """Return how many of some points have a value that is not finite."""
     if isinstance(value, float):
         return int(not math.isfinite(value))
@@ -25,7 +69,7 @@ def lost(value: Value, rows: int | None) -> int:
     return int(not finite.all()) if rows is None else int((~finite.reshape(rows, -1).all(dim=1)).sum())
 
 
-def completed(kept: Value, value: Value, rows: int | None) -> Value:
+def _completed(kept: Value, value: Value, rows: int | None) -> Value:
     """Return the new values of points that failed before, the old ones of the others."""
     if rows is None or isinstance(kept, float) or isinstance(value, float):
         return value

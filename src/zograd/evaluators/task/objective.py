@@ -6,24 +6,21 @@ import contextlib
 import copy
 import functools
 import math
-import os
-import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from zograd._base.digest import Digest
 from zograd._base.execution import Modes
 from zograd._base.isolation import ModuleFunction
 from zograd._base.streams import CENTER, FnStream
 from zograd._base.torch_private import transforms_active
-from zograd.errors import DeterminismError, EvaluationError, WorkerError
-from zograd.evaluators.task.answer import Answer, Facts, Report
-from zograd.evaluators.task.failed import center_not_finite, completed, lost, not_finite
+from zograd.errors import EvaluationError, WorkerError
+from zograd.evaluators.task.answer import Answer, Facts, Proof, Report
+from zograd.evaluators.task.elsewhere import Home, worker_name
+from zograd.evaluators.task.failed import center_not_finite, not_finite, repeated
 from zograd.evaluators.task.returned import as_tensor, function_name
 from zograd.failures import RAISE, Policy, is_failure
 
@@ -65,6 +62,7 @@ class Objective:
         judges: whether a value that is not finite is a failure.
 
     Attributes:
+        module: ``fn``, if it is a module's: then its center is evaluated at home, for the traces that it leaves.
         evaluations: evaluations of ``fn`` so far, repeated ones included.
         failures: those that failed and were dealt with by the policy.
         counted: called with (evaluations, retries, failures) as they happen.
@@ -82,6 +80,7 @@ class Objective:
         judges: bool = True,
     ) -> None:
         self.fn = fn
+        self.module: ModuleFunction | None = fn if isinstance(fn, ModuleFunction) else None
         self.arguments = arguments
         self.facts = facts
         self.policy = policy
@@ -95,14 +94,13 @@ class Objective:
         self.failures: int = 0
         self.counted: Callable[[int, int, int], None] | None = None
         self.arrived: Callable[[int, torch.Tensor], None] | None = None
-        self.sent: Any = None  # what an evaluator sends to its workers, once an estimate
         self._dtype = torch.float64  # of the center's value, as fn returned it
         self._double = any(p.dtype == torch.float64 for p in params)
         self._others = _requiring_grad(arguments)
         self._report = Report(facts=facts, counted=True)
         self._thread = threading.get_ident()
-        self._away: _Away | None = None  # what has to hold where the objective is not at home
-        self._proof: tuple[str, bytes] | None = None
+        self._home: Home | None = None  # what holds there, where the objective is not at home
+        self._proof: Proof | None = None
 
     @property
     def name(self) -> str:
@@ -179,7 +177,8 @@ class Objective:
         if report.worker is not None:
             self.count(report.evaluations, report.retries, report.failures)
         if report.proof is not None:
-            self._check_proof(report, points, typed)
+            self._proof = self._proof or Proof.of(points)
+            self._proof.compare(report.proof, report.worker, typed)
 
     def count(self, evaluations: int, retries: int = 0, failures: int = 0) -> None:
         """Add evaluations up, and tell who counts them; those of a call that came to nothing are taken off again."""
@@ -187,21 +186,6 @@ class Objective:
         self.failures += failures
         if self.counted is not None:
             self.counted(evaluations, retries, failures)
-
-    def _check_proof(self, report: Report, points: Points, typed: str) -> None:
-        if self._proof is None:
-            self._proof = proof(points)
-        (version, digest), (mine, wanted) = cast("tuple[str, bytes]", report.proof), self._proof
-        if version != mine:
-            raise DeterminismError(
-                f"{typed}: worker {report.worker} has torch {version}, this process {mine}: directions, and so the "
-                "gradient, may differ. Install the same version everywhere."
-            )
-        if digest != wanted:
-            raise DeterminismError(
-                f"{typed}: worker {report.worker} makes other points than this process from the same seed, as if it "
-                "were another kind of machine. Its values would belong to another gradient."
-            )
 
     @contextlib.contextmanager
     def unjudged(self) -> Iterator[None]:
@@ -230,12 +214,10 @@ class Objective:
         Returns:
             Values of shape (directions, offsets, *out), or an error, with a report.
         """
-        if self._away is not None:
-            self._report = Report(facts=self.facts)
-        elif threading.get_ident() != self._thread:  # an engine of threads: nothing here may be shared
+        if self._home is None and threading.get_ident() != self._thread:  # an engine of threads: nothing may be shared
             return self._in_this_thread().evaluate(points.copy(), lo, hi, how)
         try:
-            with _NOTHING if self._away is None else self._elsewhere(points):
+            with _NOTHING if self._home is None else self._elsewhere(self._home, points):
                 if how is None:
                     values, accepted = self._one_by_one(points, lo, hi)
                 else:
@@ -257,13 +239,11 @@ class Objective:
         Returns:
             The value, of the shape of all others, with a report.
         """
-        if self._away is not None:
-            self._report = Report(facts=self.facts)
         try:
-            with _NOTHING if self._away is None else self._elsewhere(points):
+            with _NOTHING if self._home is None else self._elsewhere(self._home, points):
                 if self.policy.tries > 1:
                     once = functools.partial(self._at_center, points, batched=batched)
-                    exact: torch.Tensor = self._by_policy(once, CENTER, None)
+                    exact: torch.Tensor = self._tried(once, CENTER)
                 else:
                     exact = self._at_center(points, batched=batched)
                 self.judge_center(exact)
@@ -273,7 +253,7 @@ class Objective:
 
     def _without_values(self, error: Exception | SystemExit) -> Answer:
         if isinstance(error, SystemExit):
-            if self._away is None:
+            if self._home is None:
                 raise error
             ended = WorkerError(f"{self.name} called `sys.exit({error.code!r})` in a worker.")
             ended.__cause__ = error
@@ -311,7 +291,7 @@ class Objective:
 
         if self.policy.tries == 1 and self.policy.drop is None:
             return evaluate()
-        return self._by_policy(evaluate, lo, num, raises=vmapped)
+        return self._tried(evaluate, lo, num, raises=vmapped)
 
     # ------------------------------------------------------------------------------------------------- evaluations
 
@@ -319,7 +299,7 @@ class Objective:
         make, rows = points.center, None
         if batched:
             make, rows = functools.partial(_with_leading_one, points), range(CENTER, CENTER + 1)
-        fn = self.fn.at_center if isinstance(self.fn, ModuleFunction) else self.fn
+        fn = self.fn if self.module is None else self.module.at_center
         out = self._run(functools.partial(self.arguments.call, fn), make(), make, CENTER, rows)
         is_value = isinstance(out, torch.Tensor) and out.is_floating_point()
         value = (out if is_value else as_tensor(out, self.name)).detach()
@@ -348,7 +328,7 @@ class Objective:
                 value = self._value(call, points, number, next(made))  # of which nothing is left when the next is made
             else:  # each try at a point of its own, since fn may write to it before it fails
                 once = functools.partial(self._value, call, points, number, None)
-                value = self._by_policy(once, number // sides, None)
+                value = self._tried(once, number // sides)
             values.append(value)
             if self.arrived is not None:
                 self.arrived(number, torch.as_tensor(value, dtype=torch.float64))
@@ -387,36 +367,16 @@ class Objective:
         if self.judges and not all_finite(exact):
             raise center_not_finite(exact, self.name)
 
-    def _by_policy(self, evaluate: Callable[[], V], index: int, rows: int | None, *, raises: bool = False) -> V:
-        """Evaluate one point, or many, as often as the policy says; what is given up is nan.
+    def _tried(self, evaluate: Callable[[], V], index: int, rows: int | None = None, *, raises: bool = False) -> V:
+        """Evaluate as often as the policy says, see :func:`repeated`; what is given up is nan."""
 
-        Args:
-            evaluate: makes the points and evaluates them.
-            index: the first direction.
-            rows: how many points there are, with a row of values each; None for one.
-            raises: whether exceptions of ``fn`` go up as they are.
+        def tell(retries: int, failures: int) -> None:
+            self._report.retries += retries
+            self._report.failures += failures
+            self.count(0, retries, failures)
 
-        Returns:
-            The values.
-        """
-        kept: Any = None
-        for left in reversed(range(self.policy.tries)):
-            goes_on = left or (index != CENTER and self.policy.drop is not None)
-            try:
-                value = evaluate()
-            except Exception as error:
-                if raises or not is_failure(error) or not goes_on:
-                    raise
-                failed = rows or 1
-            else:
-                kept = value if kept is None else completed(kept, value, rows)
-                if not lost(kept, rows) or not goes_on:
-                    return cast("V", kept)
-                failed = lost(value, rows)
-            self._report.retries += (rows or 1) if left else 0
-            self._report.failures += failed
-            self.count(0, (rows or 1) if left else 0, failed)
-        return cast("V", self._given_up(rows) if kept is None else kept)
+        value = repeated(evaluate, self.policy, rows, drops=index != CENTER, raises=raises, tell=tell)
+        return self._given_up(rows) if value is None else value  # type: ignore[return-value]
 
     def _given_up(self, rows: int | None) -> Value:
         if rows is None and not self.shape:
@@ -544,33 +504,26 @@ class Objective:
 
     def _in_this_thread(self) -> Objective:
         own = self.for_thread(self.fn, self.arguments)
-        own._proof = ("", b"")  # of the same process
+        own._proof = Proof("", b"")  # of the same process
         return own
 
     @contextlib.contextmanager
-    def _elsewhere(self, points: Points) -> Iterator[None]:
+    def _elsewhere(self, home: Home, points: Points) -> Iterator[None]:
         """Let hold what holds at home, for one answer, which says who gave it."""
-        away = self._away
-        assert away is not None
-        self._report.worker = worker_name()
+        self._report = Report(facts=self.facts, worker=worker_name())
         # First, since the directions of a worker that makes others are not worth an evaluation.
         if self._proof is None:
-            self._proof = self._report.proof = proof(points)
-        stream = FnStream(self.seed, away.device, shared=self.shared)
-        with away.modes.entered(), stream:
-            stream.depth = away.depth
-            self.stream = stream
+            self._proof = self._report.proof = Proof.of(points)
+        with home.held(self.seed, shared=self.shared) as self.stream:
             try:
                 yield
             finally:
                 self.stream = None
 
     def __getstate__(self) -> dict[str, Any]:
-        away = self._away or _Away(
-            Modes.here(self.device), self.device, 1 if self.stream is None else self.stream.depth
-        )
-        here = ("stream", "counted", "arrived", "sent", "_proof")
-        parts = {"facts": copy.copy(self.facts), "_others": [], "_report": Report(), "_away": away}
+        home = self._home or Home(Modes.here(self.device), self.device, 1 if self.stream is None else self.stream.depth)
+        here = ("stream", "counted", "arrived", "_proof")
+        parts = {"facts": copy.copy(self.facts), "_others": [], "_report": Report(), "_home": home}
         return {**self.__dict__, **dict.fromkeys(here), **parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -595,27 +548,8 @@ class _Estimating(contextlib.AbstractContextManager[None]):
         self._grad.__exit__(*error)
         self._objective.stream = None
         self._stream.__exit__(*error)
-        if error[0] is None and isinstance(self._objective.fn, ModuleFunction):
-            self._objective.fn.commit()
-
-
-@dataclass(frozen=True)
-class _Away:
-    """What holds where an estimate is made, for the evaluations that others make for it."""
-
-    modes: Modes
-    device: torch.device  # of the parameters
-    depth: int
-
-
-def worker_name() -> str:
-    """Return how errors call this process and thread."""
-    return f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}"
-
-
-def proof(points: Points) -> tuple[str, bytes]:
-    """Return what shows that two processes make the same points: torch's version and a digest of the first point."""
-    return torch.__version__, Digest().add([leaf.detach() for leaf in points.first()]).result()
+        if error[0] is None and self._objective.module is not None:
+            self._objective.module.commit()
 
 
 def all_finite(values: torch.Tensor) -> bool:

@@ -20,6 +20,8 @@ from zograd.evaluators.workers.process import ping, settle
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from zograd.evaluators.task.objective import Objective
+
 _STARTS = 3  # times that new workers may die before they say a word
 
 
@@ -42,6 +44,7 @@ class Workers:
         self.names: set[str] = set()  # workers of this executor that have spoken
         self.started: float = 0.0  # seconds that the first of them took to start
         self.lost: int = 0  # workers that are busy with what nobody waits for any more
+        self.jobs: weakref.WeakKeyDictionary[Objective, Any] = weakref.WeakKeyDictionary()  # those it knows
         self._executor = executor
         self._workers = workers
         self._lock = threading.RLock()

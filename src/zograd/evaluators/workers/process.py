@@ -9,7 +9,7 @@ import threading
 import time
 from typing import Any
 
-from zograd.evaluators.task.objective import worker_name
+from zograd.evaluators.task.elsewhere import worker_name
 
 _settled: list[int] = []  # the process that did; a fork has not
 

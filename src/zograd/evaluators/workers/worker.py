@@ -14,7 +14,7 @@ import torch
 
 from zograd.errors import WorkerError
 from zograd.evaluators.task.answer import Answer, Facts, Report
-from zograd.evaluators.task.objective import worker_name
+from zograd.evaluators.task.elsewhere import worker_name
 from zograd.evaluators.workers.copies import private
 from zograd.evaluators.workers.process import settle
 from zograd.evaluators.workers.shipping import pack
