@@ -503,6 +503,8 @@ def test_a_point_without_a_finite_value_does_not_end_the_comparison_with_vmap():
 
     report = check(zero_order(sigma=0.2)(fails_far_away), near)
     assert report.vectorized.works
+    assert report.vectorized.same  # nan is nan both ways
+    assert report.vectorized.difference < 1e-6
     assert report.vectorized.seconds > 0
     assert report.sweep[-1].error.startswith("NonFiniteError")
     assert report.suggestion.sigma < 0.2

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from zograd._base.trees import Arguments, Leaves
     from zograd.evaluators.task.points import Points
 
+# One number of fn is a float: 200 of them are a tensor after 36 us, where 200 tensors are stacked in 430.
 Value: TypeAlias = "float | torch.Tensor"
 How: TypeAlias = "Callable[[Objective, Points, int, int], torch.Tensor]"
 """How an evaluator calls ``fn`` at the points of some directions; returns their values, (directions, offsets, *out)."""
