@@ -241,7 +241,7 @@ MUTANTS = [
     Mutant(
         "journal: a module's center is read",
         "evaluators/journal.py",
-        "if recorded.center is not None and not leaves_traces(fn.fn):",
+        "if recorded.center is not None and fn.module is None:",
         "if recorded.center is not None:",
         (JOURNAL,),
     ),
