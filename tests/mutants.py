@@ -474,15 +474,15 @@ MUTANTS = [
     Mutant(
         "threads that share a module",
         "evaluators/workers/copies.py",
-        "return copy.deepcopy(value, self._memo)",
-        "return value",
+        "return isinstance(value, (nn.Module, optim.Optimizer))",
+        "return False",
         (POOL,),
     ),
     Mutant(
         "threads that share a module through a function that uses it",
         "evaluators/workers/copies.py",
-        "    return any(_uses_module(part, seen) for part in held)\n",
-        "    return any(isinstance(part, torch.nn.Module) for part in held)\n",
+        "        new.extend(more)\n",
+        "",
         (POOL,),
     ),
     Mutant(

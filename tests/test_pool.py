@@ -10,8 +10,12 @@ import sys
 import textwrap
 import threading
 import time
+import types
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -206,10 +210,224 @@ def uses_modules_everywhere():
     }
 
 
-@pytest.mark.parametrize("where", uses_modules_everywhere())
+class Counting(nn.Module):
+    """A module that writes to a buffer and an attribute and puts them back, as an estimate is of a pure function."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("sum", torch.zeros(()))
+        self.last = None
+
+    def forward(self, x):
+        self.last = x
+        self.sum += x.detach().sum()
+        time.sleep(0.001)
+        out = self.linear(x[:3]).detach().sum() + (self.last * self.sum).sum()
+        self.sum.zero_()
+        return out
+
+
+class Held(NamedTuple):
+    name: str
+    net: nn.Module
+
+
+@dataclass
+class Config:
+    net: nn.Module
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class FrozenConfig:
+    nets: list[nn.Module]
+
+
+class Slotted:
+    __slots__ = ("__hidden", "missing", "net")
+
+    def __init__(self, net):
+        self.net = self.__hidden = net
+
+    def __call__(self, x):
+        return self.__hidden(x)
+
+
+class Attribute:
+    def __init__(self, net):
+        self.inner = types.SimpleNamespace(nets={"a": [net]})
+        self.lock = threading.Lock()
+
+    def __call__(self, x):
+        return self.inner.nets["a"][0](x)
+
+    def run(self, x):
+        return self(x)
+
+    def __getstate__(self):
+        raise AssertionError("nothing is pickled")
+
+
+class OwnDict(dict):
+    pass
+
+
+counting = Counting()
+
+
+class ReadsAGlobal:
+    def __call__(self, x):
+        return self.net(x)
+
+    @property
+    def net(self):
+        return counting
+
+    @classmethod
+    def of_the_class(cls, x):
+        return counting(x)
+
+    @staticmethod
+    def alone(x):
+        return counting(x)
+
+
+def as_closure(value, use):
+    return lambda x: use(value, x)
+
+
+def holders():
+    """Functions that use one network, held in all kinds of things."""
+    net = Counting()
+
+    class OfTheClass:
+        held = net
+
+        def __call__(self, x):
+            return self.held(x)
+
+    @functools.wraps(net.forward)
+    def decorated(x):
+        return net(x)
+
+    @torch.no_grad()
+    def of_torch(x):
+        return net(x)
+
+    def by_parameters(x):
+        with torch.no_grad():
+            before = [p.clone() for p in parameters]
+            parameters[1].add_(x.sum())
+            time.sleep(0.001)
+            out = net(x)
+            for p, q in zip(parameters, before, strict=True):
+                p.copy_(q)
+        return out
+
+    def trains(x):
+        before = [p.clone() for p in parameters]
+        optimizer.zero_grad()
+        net.linear(x[:3]).square().sum().backward()
+        time.sleep(0.001)
+        optimizer.step()
+        out = net.linear(x[:3]).sum()
+        with torch.no_grad():
+            for p, q in zip(parameters, before, strict=True):
+                p.copy_(q)
+        return out.detach()
+
+    def twice(x):
+        first.net.sum += x.sum()
+        time.sleep(0.001)
+        out = second["net"].sum.clone()
+        second["net"].sum.zero_()
+        return out
+
+    parameters, first, second = list(net.parameters()), Config(net), {"net": net}
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    wrapping = nn.Sequential()
+    wrapping.forward = lambda x: net(x)
+    cycle = [net]
+    cycle.append((cycle,))
+    attribute = Attribute(net)
+    return {
+        "a dataclass": as_closure(Config(net), lambda c, x: c.net(x) * c.scale),
+        "a frozen dataclass": as_closure(FrozenConfig([net]), lambda c, x: c.nets[0](x)),
+        "a namedtuple": as_closure(Held("a", net), lambda h, x: h.net(x)),
+        "a deque": as_closure(deque([net], maxlen=2), lambda d, x: d[0](x)),
+        "a set": as_closure({net}, lambda d, x: next(iter(d))(x)),
+        "a frozenset": as_closure(frozenset([net]), lambda d, x: next(iter(d))(x)),
+        "a dict's key": as_closure({net: 2.0}, lambda d, x: sum(k(x) * v for k, v in d.items())),
+        "a dict of one's own": as_closure(OwnDict(a=net), lambda d, x: d["a"](x)),
+        "nested containers": as_closure({"a": [(net,)]}, lambda d, x: d["a"][0][0](x)),
+        "a cycle": as_closure(cycle, lambda c, x: c[1][0][0](x)),
+        "slots": as_closure(Slotted(net), lambda s, x: s.net(x) + s(x)),
+        "an attribute": as_closure(attribute, lambda a, x: a(x)),
+        "a callable object": Attribute(net),
+        "a method of an object": attribute.run,
+        "a partial in a closure": as_closure(functools.partial(attribute.run), lambda p, x: p(x)),
+        "a class attribute": OfTheClass(),
+        "a class": as_closure(OfTheClass, lambda c, x: c.held(x) + c()(x)),
+        "an object whose method reads a global": ReadsAGlobal(),
+        "a class method": ReadsAGlobal.of_the_class,
+        "a static method": ReadsAGlobal().alone,
+        "a decorated function": decorated,
+        "a decorator of torch": of_torch,
+        "a cache": as_closure(functools.lru_cache(None)(lambda x: net(x)), lambda f, x: f(x)),
+        "an estimate inside": as_closure(zero_order(num_samples=1, seed=0)(decorated), lambda f, x: f(x).detach()),
+        "a keyword's default": lambda x, *, held=Config(net): held.net(x),  # noqa: B008
+        "a function's attribute": with_attribute(net),
+        "nested closures": as_closure(
+            as_closure(as_closure(net, lambda n, x: n(x)), lambda f, x: f(x)), lambda f, x: f(x)
+        ),
+        "a function in a module": as_closure(wrapping, lambda w, x: w(x)),
+        "its parameters": by_parameters,
+        "its optimizer": trains,
+        "two places": twice,
+        "a Python module": lambda x: helpers.counting(x),
+    }
+
+
+def with_attribute(net):
+    def fn(x):
+        return fn.net(x)
+
+    fn.net = net
+    return fn
+
+
+helpers = types.ModuleType("helpers")
+helpers.counting = Counting()
+
+
+@pytest.mark.parametrize("where", [*uses_modules_everywhere(), *holders()])
 def test_threads_never_share_a_module_wherever_it_is(threads, where):
-    fn = uses_modules_everywhere()[where]
+    torch.manual_seed(0)
+    fn = {**uses_modules_everywhere(), **holders()}[where]
     assert_same(estimate(fn, num_samples=6), estimate(fn, threads, num_samples=6))
+
+
+def test_threads_share_what_leads_to_no_module(threads):
+    seen, log, net = [], [], Counting()
+
+    @dataclass
+    class Both:
+        net: nn.Module
+        log: list
+
+    both, plain = Both(net, log), types.SimpleNamespace(a=1)
+
+    def fn(x):
+        both.log.append(1)
+        seen.append((plain, both.net is net))
+        return both.net(x)
+
+    estimate(fn, threads, num_samples=3)
+    assert len(log) == len(seen) == 7
+    assert all(one is plain and same for one, same in seen)  # the thread's own, in both places
+    assert type(both) is Both
+    assert both.net is net
 
 
 class Simulator:

@@ -7,7 +7,9 @@ thing has a path, as its author would write it: ``agent.net.weight``. What to do
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import os
 import random
 import sys
@@ -128,7 +130,7 @@ def parts(value: Any) -> Iterator[tuple[Step, Any]]:
     elif isinstance(value, (staticmethod, classmethod)):
         yield Step("function", ".__func__"), value.__func__
     elif isinstance(value, property):
-        return
+        yield Step("function", ".fget"), value.fget
     elif isinstance(value, nn.Module):
         yield from _of_module(value)
     elif isinstance(value, type):
@@ -137,6 +139,21 @@ def parts(value: Any) -> Iterator[tuple[Step, Any]]:
         yield from _of_container(value)
     else:
         yield from _of_object(value)
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """Return an object's own attributes by name, those in slots included."""
+    found = dict(getattr(value, "__dict__", {}))
+    for slot in slots(type(value)):
+        with contextlib.suppress(AttributeError):  # an empty one
+            found[slot.__name__] = slot.__get__(value)
+    return found
+
+
+def slots(kind: type) -> tuple[types.MemberDescriptorType, ...]:
+    """Return the slots of a class and those above it."""
+    held = (x for owner in kind.__mro__ if "__slots__" in vars(owner) for x in vars(owner).values())
+    return tuple(x for x in held if isinstance(x, types.MemberDescriptorType))
 
 
 def closure(fn: types.FunctionType) -> dict[str, Any]:
@@ -165,6 +182,11 @@ def of_library(thing: Any) -> bool:
     return module is not None and (file := getattr(module, "__file__", None) or "") != "" and _is_library_file(file)
 
 
+def is_tuple(value: Any) -> bool:
+    """Return whether a value is a tuple, with names or without, that is what it holds and nothing else."""
+    return type(value) is tuple or (isinstance(value, tuple) and hasattr(value, "_fields"))
+
+
 def is_array(value: Any) -> bool:
     """Return whether a value is an array or a number of numpy, which need not be there."""
     return type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tobytes")
@@ -191,11 +213,12 @@ def is_state(value: Any) -> bool:
 
 
 def _of_function(fn: types.FunctionType) -> Iterator[tuple[Step, Any]]:
-    if of_library(fn):
+    library = of_library(fn)
+    if library and of_library(inspect.unwrap(fn)):
         return
     yield from ((Step("closure", name), x) for name, x in closure(fn).items())
     yield from ((Step("default", name), x) for name, x in defaults(fn).items())
-    for name, x in named_globals(fn).items():
+    for name, x in () if library else named_globals(fn).items():  # a library's decorator reads only the library's
         if isinstance(x, types.ModuleType):
             yield from _of_python_module(name, x, fn)
         else:
@@ -225,18 +248,13 @@ def _of_object(value: Any) -> Iterator[tuple[Step, Any]]:
         return
     if type(value).__module__.partition(".")[0] in {"zograd", *_TOOLS}:
         return
-    yield from _of_attributes(getattr(value, "__dict__", {}))
-    for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                yield Step("attribute", f".{name}"), getattr(value, name)
+    yield from _of_attributes(attributes(value))
     if not isinstance(value, types.BuiltinFunctionType):
         yield from _of_class(type(value))
 
 
 def _of_class(kind: type) -> Iterator[tuple[Step, Any]]:
-    """Yield the state among a class's own and inherited attributes, and the functions that are its methods."""
+    """Yield a class's own and inherited attributes, and the functions that are its methods."""
     taken: set[str] = set()
     for owner in kind.__mro__:
         if owner.__module__ == "builtins" or of_library(owner):
@@ -245,14 +263,14 @@ def _of_class(kind: type) -> Iterator[tuple[Step, Any]]:
             if name in taken or (name.startswith("__") and name.endswith("__") and name != "__call__"):
                 continue
             taken.add(name)
-            if isinstance(x, (types.FunctionType, staticmethod, classmethod)):
+            if isinstance(x, (types.FunctionType, staticmethod, classmethod, property)):
                 yield Step("method", f".{name}"), x
-            elif is_state(x) and not isinstance(x, (types.MemberDescriptorType, types.GetSetDescriptorType)):
+            elif not isinstance(x, (types.MemberDescriptorType, types.GetSetDescriptorType)):
                 yield Step("attribute", f".{name}"), x
 
 
-def _of_attributes(attributes: dict[str, Any]) -> Iterator[tuple[Step, Any]]:
-    for name, x in list(attributes.items()):
+def _of_attributes(held: dict[str, Any]) -> Iterator[tuple[Step, Any]]:
+    for name, x in list(held.items()):
         yield Step("attribute", _attribute(name)), x
 
 
@@ -262,7 +280,9 @@ def _of_container(value: Any) -> Iterator[tuple[Step, Any]]:
     if isinstance(value, dict):
         for k, x in list(value.items()):
             yield Step("entry", f"[{k!r}]"), x
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+            if type(k) not in _ATOMS:
+                yield Step("entry", f".keys(){{{k!r:.20}}}"), k
+    elif is_tuple(value) and type(value) is not tuple:
         for name, x in zip(value._fields, value, strict=True):
             yield Step("attribute", f".{name}"), x
     elif isinstance(value, (set, frozenset)):

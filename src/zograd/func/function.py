@@ -56,9 +56,9 @@ class ZeroOrderFunction(Generic[P]):
     """
 
     def __init__(self, fn: Callable[P, Any], options: Options, facts: Facts | None = None) -> None:
-        functools.update_wrapper(self, fn, updated=())
         if inspect.isfunction(fn):  # a callable object's attributes are its state, and could hide ours
             self.__dict__.update({k: v for k, v in fn.__dict__.items() if not hasattr(type(self), k)})
+        functools.update_wrapper(self, fn, updated=())
         self.fn = fn
         self.options = options
         self._facts = facts or Facts()
