@@ -15,11 +15,14 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import tqdm
 
 import zograd
 from zograd import zero_order
@@ -297,18 +300,18 @@ class Normed(torch.nn.Module):
 
     def forward(self, x):
         global evaluations
-        if evaluations == stop_module_at:
+        if evaluations == stop_module_at[0]:
             raise Stop("stopped")
         evaluations += 1
         self.seen += 1
         return self.norm(self.linear(x)).sign().mean() + self.linear.weight.square().sum()
 
 
-evaluations, stop_module_at = 0, None
+evaluations, stop_module_at = 0, [None]  # in a list, which is no input of forward to a journal
 
 
 def test_a_module_has_the_traces_of_its_center_on_replay(path):
-    global evaluations, stop_module_at
+    global evaluations
 
     def run(evaluator):
         net = zograd.nn.ZeroOrder(
@@ -322,10 +325,10 @@ def test_a_module_has_the_traces_of_its_center_on_replay(path):
         return net
 
     whole = run("loop")
-    evaluations, stop_module_at = 0, 10  # in the third estimate, after its center and one point
+    evaluations, stop_module_at[0] = 0, 10  # in the third estimate, after its center and one point
     with pytest.raises(Stop, match="stopped"):
         run(Journal("loop", path))
-    stop_module_at = None
+    stop_module_at[0] = None
     with zograd.Tracker() as t:
         again = run(Journal("loop", path))
     assert t.evaluations == evaluations - 10 == 2 + 1 + 2 + 4  # three centers again, what was left, the last estimate
@@ -504,6 +507,148 @@ def test_globals_count_and_what_fn_assigns_to_does_not(path, monkeypatch):
         monkeypatch.setitem(globals(), "SCALE", scale)
         journaled.estimate(X)
         assert COUNT - before == fresh
+
+
+@dataclasses.dataclass
+class Config:
+    value: Any
+    calls: int = 0
+
+
+class Pair(NamedTuple):
+    name: str
+    value: Any
+
+
+class Slotted:
+    __slots__ = ("__hidden",)
+
+    def __init__(self, value):
+        self.__hidden = value
+
+    def __call__(self, x):
+        return (x * self.__hidden).sum()
+
+
+class Agent:
+    def __init__(self, value):
+        self.inner = types.SimpleNamespace(value=value)
+        self.calls = self.outer = 0
+        self.log = []
+        self.random = random.Random(0)
+
+    def act(self, x):
+        self.calls += 1
+        self.log.append(x)
+        self.random.gauss(0, 1)
+        return self.helper(x)
+
+    def helper(self, x):
+        return (x * self.inner.value).sum()
+
+
+def of_the_class(held):
+    class Own:
+        value = held
+
+        def __call__(self, x):
+            return (x * self.value).sum()
+
+    return Own()
+
+
+def with_function(value):
+    def outer(x):
+        return helper(x)
+
+    def helper(x):
+        return (x * value).sum()
+
+    return outer
+
+
+def with_local(value):
+    config = Config(value)
+
+    def fn(x):
+        value = 2.0  # a variable of fn's own, and no attribute of the config
+        return (lambda: (x * value * config.value).sum())()
+
+    return fn
+
+
+HOLDERS = {
+    "a dataclass": lambda v: (lambda c: lambda x: (x * c.value).sum())(Config(v)),
+    "a namedtuple": lambda v: (lambda c: lambda x: (x * c.value).sum())(Pair("a", v)),
+    "a tuple": lambda v: (lambda c: lambda x: (x * c[1][0]).sum())((0, (v,))),
+    "an object": lambda v: (lambda a: lambda x: a.act(x))(Agent(v)),
+    "a method": lambda v: Agent(v).act,
+    "slots": lambda v: (lambda s: lambda x: s(x))(Slotted(v)),
+    "a class attribute": of_the_class,
+    "a function that it calls": with_function,
+    "a function inside": lambda v: lambda x: (lambda y: (y * v).sum())(x),
+    "a decorator": lambda v: torch.no_grad()(with_function(v)),
+    "a cache": lambda v: (lambda f: lambda x: f(x))(functools.lru_cache(None)(with_function(v))),
+    "a partial": lambda v: (lambda p: lambda x: p(x))(functools.partial(lambda held, x: (x * held).sum(), v)),
+    "an estimate inside": lambda v: (lambda f: lambda x: f.fn(x))(zero_order(seed=0)(with_function(v))),
+    "a default": lambda v: lambda x, *, held=Config(v): (x * held.value).sum(),  # noqa: B008
+    "a name that it assigns to": with_local,
+}
+
+
+@pytest.mark.parametrize("where", HOLDERS)
+@pytest.mark.parametrize("made", [float, torch.tensor, np.float64, lambda v: torch.full((3,), v)])
+def test_what_fn_reads_counts_wherever_it_is(path, where, made):
+    def run(value):
+        fn = HOLDERS[where](made(value))
+        got = zero_order(num_samples=2, seed=0, evaluator=Journal("loop", path))(fn).estimate(X)
+        torch.testing.assert_close(got.value.double(), HOLDERS[where](value)(X).double())
+        again = zero_order(num_samples=2, seed=0, evaluator=Journal("loop", path))(fn).estimate(X)
+        assert again.evaluations == 0  # fn's own counts and logs are no inputs
+        return got.evaluations
+
+    assert [run(v) for v in (1.0, 1.0, 2.0, 1.0)] == [3, 0, 3, 0]
+
+
+def test_a_module_in_an_object_counts(path):
+    def fresh(net):
+        agent = types.SimpleNamespace(policy=Pair("a", Config(net)))
+        journaled = zero_order(num_samples=2, seed=0, evaluator=Journal("loop", path))
+        return journaled(lambda x: agent.policy.value.value(x).sum()).estimate(X).evaluations
+
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).eval()
+    net.forward = functools.partial(lambda net, x: torch.nn.Sequential.forward(net, x[None]), net)
+    assert (fresh(net), fresh(copy.deepcopy(net))) == (3, 0)
+    for change in (
+        lambda n: torch.nn.init.zeros_(n[0].bias),
+        lambda n: n[1].running_mean.fill_(1.0),
+        lambda n: setattr(n[1], "eps", 0.1),
+    ):
+        other = copy.deepcopy(net)
+        change(other)
+        assert (fresh(other), fresh(net)) == (3, 0)
+
+
+def test_what_is_held_in_two_places_counts_as_such(path):
+    def fresh(*held):
+        journaled = zero_order(num_samples=2, seed=0, evaluator=Journal("loop", path))
+        return journaled(lambda x: x.sum() * (held[2].value + 2 * held[0].value)).estimate(X).evaluations
+
+    one, other = Config(1.0), Config(2.0)
+    assert [fresh(one, other, one), fresh(one, other, other), fresh(one, other, one)] == [3, 3, 0]
+
+
+def test_tools_of_libraries_that_count_themselves_are_no_inputs(path, tmp_path):
+    stream = (tmp_path / "bar").open("w")
+    bar = tqdm.tqdm(file=stream)
+
+    def fn(x):
+        bar.update()
+        return x.sum()
+
+    journaled = zero_order(num_samples=2, seed=0, evaluator=Journal("loop", path))(fn)
+    assert [journaled.estimate(X).evaluations for _ in range(3)] == [3, 0, 0]
+    stream.close()
 
 
 class Simulator:

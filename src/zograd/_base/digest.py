@@ -17,16 +17,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zograd._base.buffers import memory
-from zograd._base.reach import closure, is_array, named_globals
-from zograd._base.torch_private import registries
+from zograd._base.reach import is_array, is_generator, is_tuple, of_library, parts, reach
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
+
+    from zograd._base.reach import Step
 
 _BY_TEXT = (type(None), bool, int, complex, str, range, slice, type(Ellipsis), torch.dtype, torch.device, torch.layout)
 _SEQUENCES = (list, tuple, deque, torch.Size)
 _DICTS = (dict, OrderedDict, defaultdict)
+_LOGS = (list, dict, set, frozenset, deque)
+_BUILTIN = (types.BuiltinFunctionType, types.MethodDescriptorType)
 _STORES = ("STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR")
+_Stores = tuple[frozenset[str], frozenset[str], frozenset[str]]
 
 
 class Undigestable(TypeError):
@@ -69,7 +73,7 @@ class Digest:
         elif is_array(value):
             self._array(value)
         elif isinstance(value, torch.nn.Module):
-            self._module(value)
+            self.captured(value)
         else:
             self._compound(value)
         return self
@@ -102,17 +106,6 @@ class Digest:
         self._head(_name(type(a)), a.dtype.descr if a.dtype.names else a.dtype.str, a.shape)
         self._hash.update(a.tobytes())
 
-    def _module(self, module: torch.nn.Module) -> None:
-        for name, part in module.named_modules():
-            self._head("module", name, _name(type(part)), part.training)
-            self.add(code_of(type(part).forward))
-            for tensors in registries(part)[:2]:
-                for key, tensor in tensors.items():
-                    self._head(key)
-                    self.add(tensor)
-            own = {k: v for k, v in vars(part).items() if not k.startswith(("_", "zero_order_"))}
-            self._known(own, _stored(type(part).forward))
-
     def _compound(self, value: Any) -> None:
         if id(value) in self._inside:
             self._head("again", len(self._inside) - self._inside.index(id(value)))
@@ -120,7 +113,7 @@ class Digest:
         self._inside.append(id(value))
         kind = type(value)
         self._head(_name(kind))
-        if kind in _SEQUENCES or (isinstance(value, tuple) and hasattr(value, "_fields")):
+        if kind in _SEQUENCES or is_tuple(value):
             self._each(value)
         elif kind in _DICTS:
             self._each([x for item in value.items() for x in item])
@@ -150,18 +143,18 @@ class Digest:
         elif isinstance(fn, types.MethodType):
             self.add(fn.__func__).add(fn.__self__)
         elif isinstance(fn, types.FunctionType):
-            self.add(code_of(fn)).captured(fn)
-        elif isinstance(fn, (type, types.BuiltinFunctionType, types.MethodDescriptorType)):
+            self.captured(fn)
+        elif isinstance(fn, (type, *_BUILTIN)):
             self._head(fn.__module__, fn.__qualname__)
         else:
             raise Undigestable(f"a {_name(type(fn))} {fn!r:.60}")
 
     def captured(self, fn: Callable[..., Any]) -> None:
-        """Take what a function reads that is not an argument, as far as it is plain.
+        """Take what a function or module reads that is not an argument, as far as it is plain.
 
-        Numbers, texts, tensors, arrays, functions and modules in its closure, among the globals it names, or in its
-        object, count; lists and other things that may be logs do not, nor does what the function itself assigns to.
-        The arguments that a partial holds count whatever they are.
+        Numbers, texts, tensors, arrays, functions and modules that it reaches count, by the way that leads there. What
+        lists, dicts and sets hold does not, as these may be logs, nor does what the functions themselves assign to. The
+        arguments that a partial holds count whatever they are.
 
         Raises:
             Undigestable: if one of those is something that has no digest.
@@ -170,41 +163,87 @@ class Digest:
             self.add(list(fn.args)).add(fn.keywords)  # arguments like those of a call, and no logs
             self.captured(fn.func)
             return
-        if isinstance(fn, types.MethodType):
-            self._object(fn.__self__, fn.__func__)
-            fn = fn.__func__
-        if not isinstance(fn, types.FunctionType):
-            self._object(fn, type(fn).__call__)
-            return
-        self._known({**named_globals(fn), **closure(fn)}, _stored(fn))
-        self._known(dict(enumerate(fn.__defaults__ or ())), set())
-        self._known(fn.__kwdefaults__ or {}, set())
+        read = _Read(fn)
+        numbers, stack = {id(fn): 0}, [fn]  # what is held in two places counts as such
+        while stack:
+            thing = stack.pop()
+            self._itself(thing)
+            for step, part in read.inputs(thing):
+                self._head(step.kind, step.text)
+                if _is_plain(part):
+                    self.add(part)
+                    continue
+                if id(part) not in numbers:
+                    numbers[id(part)] = len(numbers)
+                    stack.append(part)
+                self._head("number", numbers[id(part)])
+            self._head("end")
 
-    def _object(self, owner: Any, method: Any) -> None:
-        if isinstance(owner, torch.nn.Module):
-            self._module(owner)
-        else:
-            self._known(getattr(owner, "__dict__", {}), _stored(method))
+    def _itself(self, thing: Any) -> None:
+        self._head(_name(type(thing)))
+        if isinstance(thing, types.FunctionType):
+            self.add(code_of(thing))
+        elif isinstance(thing, torch.nn.Module):
+            self._head(thing.training)
+        elif isinstance(thing, (type, *_BUILTIN)):
+            self._head(getattr(thing, "__module__", ""), thing.__qualname__)
 
-    def _known(self, values: dict[Any, Any], stored: set[str]) -> None:
-        for name, value in values.items():
-            if name in stored:
+
+class _Read:
+    """What a function reads: all that it reaches, but logs and what it stores itself.
+
+    Args:
+        fn: the function.
+    """
+
+    def __init__(self, fn: Any) -> None:
+        self._things = {id(here.value): here.value for here in reach(fn)}
+        self._globals: set[tuple[int, str]] = set()  # that a function stores, by the module's names
+        self._cells: set[int] = set()
+        self._attributes: set[str] = set()  # of any object, by functions that are no methods
+        functions = [x for x in self._things.values() if isinstance(x, types.FunctionType) and not of_library(x)]
+        methods = {id(m) for x in self._things.values() for step, m in parts(x) if step.kind == "method"}
+        for f in functions:
+            its_globals, variables, attributes = _assigned(f.__code__)
+            cells = zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)
+            self._globals.update((id(f.__globals__), name) for name in its_globals)
+            self._cells.update(id(cell) for name, cell in cells if name in variables)
+            if id(f) not in methods:
+                self._attributes |= attributes
+
+    def inputs(self, thing: Any) -> Iterator[tuple[Step, Any]]:
+        """Yield what a thing holds that counts."""
+        held = [(step, part) for step, part in parts(thing) if id(part) in self._things]
+        stored = self._attributes.union(*(_stored(x) for step, x in held if step.kind == "method"))
+        if not isinstance(thing, torch.nn.Module) and of_library(type(thing)):  # tools that count and time themselves
+            stored = stored.union(*map(_stored, _methods(type(thing))))
+        for step, part in held:
+            name = step.text.removeprefix(".")
+            if isinstance(part, _LOGS) or is_generator(part):
                 continue
-            if isinstance(value, types.FunctionType):
-                self.add(name).add(code_of(value))
-            elif _is_plain(value):
-                self.add(name).add(value)
+            if step.kind == "attribute" and (name in stored or name.startswith("zero_order_")):
+                continue
+            if step.kind == "global" and (id(thing.__globals__), name) in self._globals:
+                continue
+            if step.kind == "closure" and id(_cell(thing, name)) in self._cells:
+                continue
+            yield step, part
+
+
+def _methods(kind: type) -> list[Any]:
+    return [x for owner in kind.__mro__ for name, x in vars(owner).items() if name != "__init__" and callable(x)]
+
+
+def _cell(fn: types.FunctionType, name: str) -> types.CellType:
+    assert fn.__closure__ is not None
+    return fn.__closure__[fn.__code__.co_freevars.index(name)]
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is data, and no log or tool."""
-    if type(value) is tuple:
-        return all(map(_is_plain, value))
-    return (
-        type(value) in (*_BY_TEXT, float, bytes)
-        or isinstance(value, (torch.Tensor, torch.nn.Module))
-        or is_array(value)
-    )
+    """Whether it is data that has a digest of its own."""
+    return isinstance(
+        value, (*_BY_TEXT, float, bytes, bytearray, torch.Tensor, torch.Size, enum.Enum, pathlib.PurePath)
+    ) or is_array(value)
 
 
 def _name(kind: type) -> str:
@@ -235,14 +274,17 @@ def _code(code: types.CodeType) -> str:
     return digest.add([list(code.co_names), list(code.co_varnames), list(code.co_freevars)]).result().hex()
 
 
-def _stored(fn: Any) -> set[str]:
-    """The names that a function assigns to: what it counts or keeps there is no input."""
+def _stored(fn: Any) -> frozenset[str]:
+    """The attributes that a method assigns to: what it counts or keeps there is no input."""
     fn = inspect.unwrap(getattr(fn, "__func__", fn))
-    return set(_assigned(fn.__code__)) if isinstance(fn, types.FunctionType) else set()
+    return _assigned(fn.__code__)[2] if isinstance(fn, types.FunctionType) else frozenset()
 
 
 @functools.lru_cache(maxsize=1024)
-def _assigned(code: types.CodeType) -> frozenset[str]:
+def _assigned(code: types.CodeType) -> _Stores:
+    """The names of globals, closed-over variables and attributes that a code assigns to."""
     inner = [_assigned(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    own = {i.argval for i in dis.get_instructions(code) if i.opname in _STORES}
-    return frozenset(own.union(*inner))
+    own = [(i.opname, i.argval) for i in dis.get_instructions(code)]
+    found = [frozenset(name for op, name in own if op == store) for store in _STORES]
+    globals_, variables, attributes = (names.union(*(c[k] for c in inner)) for k, names in enumerate(found))
+    return globals_, variables, attributes

@@ -26,7 +26,7 @@ class ModuleFunction:
     """
 
     def __init__(self, module: nn.Module, names: dict[int, str], *, watches: bool = True) -> None:
-        self._module = module
+        self.module: nn.Module = module
         self._names = names
         self._template: nn.Module | None = None
         self._center: Replica | None = None
@@ -51,7 +51,7 @@ class ModuleFunction:
         replica = Replica(template, self._replacements(params), copy_buffer).module
         if self._watched:
             return nn.Module.__call__(replica, *args, **kwargs)
-        with Watch(self._names, type(self._module).__name__) as watch:
+        with Watch(self._names, type(self.module).__name__) as watch:
             out = nn.Module.__call__(replica, *args, **kwargs)
         if watch.error is not None:
             raise watch.error
@@ -67,7 +67,7 @@ class ModuleFunction:
     def at_center(self, params: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """Evaluate as one plain call, whose traces :meth:`commit` leaves on the module."""
         self._frozen()
-        self._center = Replica(self._module, self._replacements(params), torch.clone)
+        self._center = Replica(self.module, self._replacements(params), torch.clone)
         return nn.Module.__call__(self._center.module, *args, **kwargs)
 
     def commit(self) -> None:
@@ -78,7 +78,7 @@ class ModuleFunction:
     def _frozen(self) -> nn.Module:
         """The module as it was before the center, which all other points start from."""
         if self._template is None:
-            self._template = Replica(self._module, {}, torch.clone).module
+            self._template = Replica(self.module, {}, torch.clone).module
         return self._template
 
     def _replacements(self, params: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:

@@ -298,7 +298,8 @@ def _digest(fn: Objective, points: Points, key: Callable[..., Any] | None) -> by
         digest.add(i)
         if i not in chosen:
             _add(digest, leaf, f"an argument of {fn.name}")
-    return _with_digest(digest.captured, fn.fn, f"an argument that {fn.name} holds", digest).result()
+    read = fn.fn if fn.module is None else fn.module.module
+    return _with_digest(digest.captured, read, f"an argument that {fn.name} holds", digest).result()
 
 
 def _add(digest: Digest, value: Any, what: str) -> Digest:
