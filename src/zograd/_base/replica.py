@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from zograd._base.reach import CONTAINERS
+from zograd._base.reach import CONTAINERS, is_tuple
 from zograd._base.torch_private import REGISTRIES, registries, viewed
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ class Replica:
             return self._tensor(value)
         if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
             return MethodType(value.__func__, self._replicas.get(id(value.__self__), value.__self__))
-        if type(value) is tuple:
-            return self._remember(value, tuple(map(self._mapped, value)))
+        if is_tuple(value):
+            return self._remember(value, tuple.__new__(type(value), map(self._mapped, value)))
         if type(value) in CONTAINERS:
             replica = self._remember(value, copy.copy(value))
             self._containers.append((value, replica))
@@ -122,8 +122,8 @@ class Replica:
         """The inverse of ``_mapped``: what the module itself may hold."""
         if id(value) in self._originals:
             return self._originals[id(value)]
-        if type(value) is tuple:
-            return tuple(map(self._given_back, value))
+        if is_tuple(value):
+            return tuple.__new__(type(value), map(self._given_back, value))
         if type(value) in CONTAINERS:
             fresh = copy.copy(value)
             _fill(fresh, self._given_back, value)
