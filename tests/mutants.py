@@ -260,6 +260,27 @@ MUTANTS = [
         (JOURNAL,),
     ),
     Mutant(
+        "journal: what an object holds is left out of the key",
+        "_base/digest.py",
+        "                    stack.append(part)\n",
+        "                    stack.extend([part] * (not hasattr(part, '__dict__') or callable(part)))\n",
+        (JOURNAL,),
+    ),
+    Mutant(
+        "journal: two places of one object count as one of another",
+        "_base/digest.py",
+        'self._head("number", numbers[id(part)])',
+        'self._head("number")',
+        (JOURNAL,),
+    ),
+    Mutant(
+        "journal: what fn itself assigns to is an input",
+        "_base/digest.py",
+        "(name in stored or name.startswith",
+        "(name.startswith",
+        (JOURNAL,),
+    ),
+    Mutant(
         "journal: no checksum",
         "evaluators/journal_file.py",
         "if not whole or crc != _crc(estimate, point, data):",
@@ -476,6 +497,13 @@ MUTANTS = [
         "evaluators/workers/copies.py",
         "return isinstance(value, (nn.Module, optim.Optimizer))",
         "return False",
+        (POOL,),
+    ),
+    Mutant(
+        "threads that share an object's class and the module that its methods read",
+        "evaluators/workers/copies.py",
+        "        if own is not kind:\n",
+        "        if own is None:\n",
         (POOL,),
     ),
     Mutant(

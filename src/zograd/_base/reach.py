@@ -200,18 +200,6 @@ def is_generator(value: Any) -> bool:
     return numpy is not None and isinstance(value, (numpy.Generator, numpy.RandomState, numpy.BitGenerator))
 
 
-def is_state(value: Any) -> bool:
-    """Return whether a value itself can change: a tensor, an array, a module, a generator, a container, an object."""
-    if isinstance(value, (torch.Tensor, nn.Module)) or is_generator(value):
-        return True
-    if is_array(value):
-        return hasattr(value, "flags") and value.ndim > 0
-    if type(value) in _ATOMS:
-        return type(value) is bytearray
-    frozen = (tuple, frozenset, type, types.ModuleType, types.MethodType, types.BuiltinFunctionType, *_OF_TORCH)
-    return not isinstance(value, (*frozen, types.FunctionType, functools.partial, property))
-
-
 def _of_function(fn: types.FunctionType) -> Iterator[tuple[Step, Any]]:
     library = of_library(fn)
     if library and of_library(inspect.unwrap(fn)):

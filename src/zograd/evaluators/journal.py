@@ -41,8 +41,9 @@ class Journal(Evaluator):
     A run that is killed at any moment and started again with the same journal gets the same values, and so the same
     gradients, bit for bit; ``fn`` is called again only for what was being evaluated at that moment. A value is looked
     up by the contents of all arguments of ``fn``, the settings, the seed and the point, so a file can serve a whole
-    run, and whatever differs is evaluated. Of what ``fn`` reads elsewhere, its closure and the globals it names count
-    as far as they are numbers, texts, tensors, arrays, functions or modules; what those call in turn does not count.
+    run, and whatever differs is evaluated. Of what ``fn`` reads elsewhere (closures, globals, attributes of
+    objects, and what the functions that it calls read) numbers, texts, tensors, arrays, functions and modules count;
+    what lists, dicts and sets hold may be a log, and does not, nor does what ``fn`` itself assigns to.
     ``fn`` and the versions of zograd, torch and Python are in the file's header, and another one is refused.
 
     The file is an sqlite database on a local disk (a network file system may lack the locks it needs), safe against
