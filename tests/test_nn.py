@@ -3,6 +3,7 @@
 import collections
 import copy
 import threading
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -405,6 +406,28 @@ def test_modules_in_plain_lists_and_bound_methods_are_perturbed():
     assert cosine({n: p.grad for n, p in net.named_parameters()}, true_grads(net, x)) > CLOSE
     assert net.stages is stages
     assert net.stages[0] is net.a
+
+
+def test_modules_in_named_tuples_are_perturbed():
+    class Stages(NamedTuple):
+        a: nn.Module
+        b: nn.Module
+
+    class Named(Normal, **EXACT):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 1)
+            self.stages = Stages(self.a, self.b)
+
+        def forward(self, x):
+            return self.stages.b(self.stages.a(x)).sum()
+
+    net, x = Named(), torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    stages = net.stages
+    net(x).backward()
+    assert cosine({n: p.grad for n, p in net.named_parameters()}, true_grads(net, x)) > CLOSE
+    assert net.stages is stages
 
 
 def test_inner_training_loop_in_forward():

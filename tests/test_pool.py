@@ -276,6 +276,11 @@ class OwnDict(dict):
 counting = Counting()
 
 
+class ForwardReadsAGlobal(nn.Module):
+    def forward(self, x):
+        return counting(x)
+
+
 class ReadsAGlobal:
     def __call__(self, x):
         return self.net(x)
@@ -370,6 +375,7 @@ def holders():
         "a class attribute": OfTheClass(),
         "a class": as_closure(OfTheClass, lambda c, x: c.held(x) + c()(x)),
         "an object whose method reads a global": ReadsAGlobal(),
+        "a module whose forward reads a global": as_closure(ForwardReadsAGlobal(), lambda n, x: n(x)),
         "a class method": ReadsAGlobal.of_the_class,
         "a static method": ReadsAGlobal().alone,
         "a decorated function": decorated,
