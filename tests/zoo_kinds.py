@@ -1,8 +1,8 @@
 """Kinds of modules and of state, as people write them, each as small as shows what is special about it.
 
-``KINDS`` has them by name. A kind's function makes the module, whose ``forward`` returns the objective, and its inputs;
-it is called again for each evaluation of the oracle in ``zoo.py``, so that whatever it returns must be new: classes with
-state of their own are made inside.
+``KINDS`` has them by name. A kind's function makes the module, whose ``forward`` returns the objective, and its
+inputs. The oracle in ``zoo.py`` calls it again for each evaluation, so that whatever it returns must be new: classes
+with state of their own are made inside.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import random
 import tempfile
 import threading
+import weakref
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -97,7 +98,7 @@ def x(*shape):
     return torch.randn(*(shape or (4, 2)))
 
 
-# ------------------------------------------------------------------------------------------------------ normalization
+# -------------------------------------------------------------------------------------------------------- normalization
 
 
 @kind
@@ -221,7 +222,7 @@ def fake_quantization_observer():
     return Scored(nn.Linear(2, 3), fake).float(), (x().float(),)
 
 
-# ------------------------------------------------------------------------------------------------------------ drawing
+# -------------------------------------------------------------------------------------------------------------- drawing
 
 
 @kind(draws=True)
@@ -258,7 +259,7 @@ def dropout_in_eval_mode():
     return Scored(nn.Linear(2, 3), nn.Dropout(0.5), nn.Linear(3, 1)).eval(), (x(),)
 
 
-# ---------------------------------------------------------------------------------------- sequences and attention
+# ---------------------------------------------------------------------------------------------- sequences and attention
 
 
 class First(nn.Module):
@@ -279,17 +280,17 @@ def rnn():
 
 @kind
 def lstm():
-    return First(nn.LSTM(2, 2, bidirectional=True)), (x(3, 1, 2),)
+    return First(nn.LSTM(1, 1, bidirectional=True)), (x(3, 1, 1),)
 
 
 @kind
 def gru():
-    return First(nn.GRU(2, 2, num_layers=2)), (x(3, 1, 2),)
+    return First(nn.GRU(1, 1, num_layers=2)), (x(3, 1, 1),)
 
 
 @kind(draws=True)
 def lstm_with_dropout():
-    return First(nn.LSTM(2, 2, num_layers=2, dropout=0.5)), (x(3, 1, 2),)
+    return First(nn.LSTM(1, 1, num_layers=2, dropout=0.5)), (x(3, 1, 1),)
 
 
 @kind
@@ -403,7 +404,7 @@ def transformer_decoder_layer_in_eval_mode():
     return Decodes().eval(), (x(1, 2, 2),)
 
 
-# --------------------------------------------------------------------------------------------- embeddings and sharing
+# ----------------------------------------------------------------------------------------------- embeddings and sharing
 
 
 @kind
@@ -575,7 +576,7 @@ def mixed_precision():
     return Mixed(), (x(),)
 
 
-# --------------------------------------------------------------------------------------------------- state, plain Python
+# -------------------------------------------------------------------------------------------------- state, plain Python
 
 
 @kind
@@ -899,7 +900,7 @@ def result_kept_with_its_graph():
     return net, (x(),)
 
 
-# ------------------------------------------------------------------------------------------------------------ buffers
+# -------------------------------------------------------------------------------------------------------------- buffers
 
 
 @kind
@@ -1156,7 +1157,7 @@ def buffer_with_an_alias_in_an_attribute():
     return Kept(), (x(),)
 
 
-# --------------------------------------------------------------------------------------------------------- generators
+# ----------------------------------------------------------------------------------------------------------- generators
 
 
 @kind(generator=True)
@@ -1198,7 +1199,7 @@ def generator_of_python():
     return Draws(), (x(),)
 
 
-# -------------------------------------------------------------------------------------------------------------- hooks
+# ---------------------------------------------------------------------------------------------------------------- hooks
 
 
 @kind
@@ -1300,7 +1301,7 @@ def hook_of_all_modules():
     return Hooked(), (x(),)
 
 
-# ---------------------------------------------------------------------------------------- parameters and lazy modules
+# ------------------------------------------------------------------------------------------ parameters and lazy modules
 
 
 @kind(lazy=True)
@@ -1439,7 +1440,7 @@ def weight_kept_in_eval_mode():
     return Merged().eval(), (x(),)
 
 
-# ------------------------------------------------------------------------------------------------- objects and classes
+# -------------------------------------------------------------------------------------------------- objects and classes
 
 
 @kind
@@ -1533,7 +1534,8 @@ def module_with_a_file():
     class Logs(Own):
         def __init__(self):
             super().__init__()
-            self.file, self.mean = tempfile.TemporaryFile("w+"), torch.zeros(3)
+            self.file, self.mean = tempfile.TemporaryFile("w+"), torch.zeros(3)  # noqa: SIM115
+            weakref.finalize(self, self.file.close)
 
         def use(self, h):
             self.mean.add_(h.detach().mean(0))
@@ -1740,7 +1742,7 @@ def branch_in_a_thread():
     return Threaded(), (x(),)
 
 
-# ------------------------------------------------------------------------------------------------------------- results
+# -------------------------------------------------------------------------------------------------------------- results
 
 
 class Returns(nn.Module):
