@@ -227,7 +227,7 @@ def settled():
 
 def made(kind):
     """Make a kind's module and inputs, the same each time."""
-    torch.manual_seed(7)
+    torch.default_generator.manual_seed(7)
     random.seed(7)
     np.random.seed(7)
     with warnings.catch_warnings():
@@ -237,7 +237,7 @@ def made(kind):
 
 def plain_call(module, inputs, seed, grad=False):
     """Call a module once, as a user would."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     with torch.set_grad_enabled(grad), warnings.catch_warnings(), _uncompiled(module):
         warnings.simplefilter("ignore")
         out = module(*inputs)
@@ -309,7 +309,7 @@ class Oracle:
         def one(row):
             return torch.func.functional_call(module, dict(zip(names, row, strict=True)), inputs)
 
-        torch.manual_seed(stream(SEED + round, 0))
+        torch.default_generator.manual_seed(stream(SEED + round, 0))
         with torch.no_grad():
             return torch.vmap(one, randomness="same")([torch.stack(column) for column in zip(*rows, strict=True)])
 
