@@ -163,6 +163,30 @@ def as_parameter(tensor: torch.Tensor) -> None:
     tensor._is_param = True
 
 
+def memory(tensor: torch.Tensor) -> list[torch.Tensor] | None:
+    """Return the memory of a tensor as bytes: of its storage, or of each part of a sparse one; None if it has none.
+
+    Writing there is no write that autograd counts, and reaches whatever else is a view of the same storage.
+    """
+    # `indices()` and `values()` of a sparse tensor raise before it is coalesced; other layouts name theirs in public.
+    parts = [tensor]
+    if tensor.layout == torch.sparse_coo:
+        parts = [tensor._indices(), tensor._values()]
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    elif tensor.layout == torch.jagged:
+        parts = [tensor.values(), tensor.offsets()]  # type: ignore[attr-defined]
+    try:
+        storages = [part.untyped_storage() for part in parts]
+        if any(storage.nbytes() and not storage.data_ptr() for storage in storages):
+            return None  # that of a wrapper, or on the meta device
+        return [torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in storages]
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
 REGISTRIES = ("_parameters", "_buffers", "_modules")
 """Where ``nn.Module`` keeps its parts. A copy of a module that shares its other attributes is made of these."""
 

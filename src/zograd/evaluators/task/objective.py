@@ -541,6 +541,8 @@ class _Estimating(contextlib.AbstractContextManager[None]):
         self._grad = torch.enable_grad()
 
     def __enter__(self) -> None:
+        if self._objective.module is not None:
+            self._objective.module.begin()
         self._stream.__enter__()
         self._objective.stream = self._stream
         self._grad.__enter__()  # user code needs it, whoever calls us: an inner training loop is the main use
@@ -549,8 +551,8 @@ class _Estimating(contextlib.AbstractContextManager[None]):
         self._grad.__exit__(*error)
         self._objective.stream = None
         self._stream.__exit__(*error)
-        if error[0] is None and self._objective.module is not None:
-            self._objective.module.commit()
+        if self._objective.module is not None:
+            self._objective.module.end(commit=error[0] is None)
 
 
 def all_finite(values: torch.Tensor) -> bool:

@@ -48,7 +48,7 @@ class _Copies:
     def own(self, value: Any) -> Any:
         """Return a copy of a callable, itself if there is no module in it."""
         if leaves_traces(value):
-            return value  # it evaluates replicas
+            return value.for_thread()
         if isinstance(value, functools.partial):
             keywords = {k: self.own(v) for k, v in value.keywords.items()}
             return functools.partial(self.own(value.func), *map(self.own, value.args), **keywords)
