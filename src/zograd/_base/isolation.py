@@ -352,10 +352,30 @@ def _viewed_alike(leaf: torch.Tensor, alias: Any, param: torch.Tensor) -> Any:
     return made if view is alias else made.detach().numpy()
 
 
+@functools.cache
+def _class_like(kind: type[Any]) -> type[Any]:
+    """Return the class of what stands for a parameter of some class.
+
+    It says that it requires grad, as the parameter does, so that torch takes the same path (that of a fused encoder
+    depends on it); a graph is recorded where autograd is used, and only there.
+    """
+    base = torch.Tensor if kind is nn.Parameter else kind
+    own = {"__torch_function__": nn.Parameter.__torch_function__, "requires_grad": property(_says_yes, _is_set)}
+    return type(kind.__name__, (base,), own)
+
+
+def _says_yes(leaf: torch.Tensor) -> bool:
+    return True
+
+
+def _is_set(leaf: torch.Tensor, value: bool) -> None:
+    leaf.requires_grad_(value)
+
+
 def _as(leaf: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """Return a point's tensor with the class and the attributes of the parameter that it stands for."""
-    if type(param) is not nn.Parameter and type(leaf) is torch.Tensor and isinstance(param, nn.Parameter):
-        leaf = leaf.as_subclass(type(param))
+    if type(leaf) is torch.Tensor:
+        leaf = leaf.as_subclass(_class_like(type(param)))
     as_parameter(leaf)
     if vars(param):
         vars(leaf).update(vars(param))

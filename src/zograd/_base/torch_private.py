@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ import torch
 from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
 _NOTHING = contextlib.nullcontext()
@@ -139,6 +142,48 @@ def wrapper(kind: type[Any], like: torch.Tensor) -> Any:
     return torch.Tensor._make_wrapper_subclass(
         kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
     )
+
+
+_watching = threading.local()
+_installing = threading.Lock()
+_installed = 0
+
+
+@contextlib.contextmanager
+def engine_watched(tell: Callable[[], None]) -> Iterator[None]:
+    """Call ``tell`` before autograd's engine runs in this thread.
+
+    Yields:
+        Nothing.
+    """
+    # A function mode would see `backward` and `grad`, too, and lets fused encoders take another path. Every way into
+    # the engine from Python asks its module for this one function; nothing public stands there.
+    global _installed, _run_engine
+    with _installing:
+        if not _installed:
+            _run_engine = vars(torch.autograd)["_engine_run_backward"]
+            vars(torch.autograd)["_engine_run_backward"] = _watched_engine
+        _installed += 1
+    outer, _watching.tell = getattr(_watching, "tell", None), tell
+    try:
+        yield
+    finally:
+        _watching.tell = outer
+        with _installing:
+            _installed -= 1
+            if not _installed:
+                vars(torch.autograd)["_engine_run_backward"] = _run_engine
+
+
+def _run_engine(*args: Any, **keywords: Any) -> Any:
+    """Stand for torch's own, which is noted when it is first replaced."""
+
+
+def _watched_engine(*args: Any, **keywords: Any) -> Any:
+    tell = getattr(_watching, "tell", None)
+    if tell is not None:
+        tell()
+    return _run_engine(*args, **keywords)
 
 
 # ------------------------------------------------------------------------------------------------ tensors and modules

@@ -11,16 +11,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from zograd._base.execution import Modes
 from zograd._base.isolation import ModuleFunction
 from zograd._base.streams import CENTER, FnStream
-from zograd._base.torch_private import transforms_active
 from zograd.errors import EvaluationError, WorkerError
 from zograd.evaluators.task.answer import Answer, Facts, Proof, Report
 from zograd.evaluators.task.elsewhere import Home, worker_name
 from zograd.evaluators.task.failed import center_not_finite, not_finite, repeated
+from zograd.evaluators.task.grad_use import NeedsGrad, WatchAutograd, refuses_grad, wants_grad
 from zograd.evaluators.task.returned import as_tensor, function_name
 from zograd.failures import RAISE, Policy, is_failure
 
@@ -440,11 +439,11 @@ class Objective:
         try:
             if index != CENTER:
                 return call(params)
-            with _WatchAutograd(params) as watch:
+            with WatchAutograd(params, asks=self.module is None) as watch:
                 out = call(params)
             if not watch.seen:
                 return out
-        except (RuntimeError, TypeError, _NeedsGrad) as error:
+        except (RuntimeError, TypeError, NeedsGrad) as error:
             if "escaped" in str(error):
                 raise self._closed_over() from error
             if not wants_grad(error):
@@ -572,51 +571,3 @@ def _requiring_grad(arguments: Arguments) -> list[torch.Tensor]:
     chosen = set(arguments.chosen)
     others = enumerate(arguments.leaves)
     return [t for i, t in others if i not in chosen and isinstance(t, torch.Tensor) and t.requires_grad]
-
-
-class _NeedsGrad(BaseException):
-    """fn is about to use autograd at a point that does not require grad; not for its own ``except Exception``."""
-
-
-class _WatchAutograd(TorchFunctionMode):
-    """Stops fn where it first uses autograd, before anything has happened that a second try would repeat.
-
-    Without this, ``backward()`` on a loss of a point and of a tensor that does require grad would pass over the point,
-    and an optimizer likewise: the value would be another than in a plain call, without any sign.
-    """
-
-    def __init__(self, params: Leaves) -> None:
-        super().__init__()
-        self._params = {id(p) for p in params}
-        self.seen = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _WATCHED:
-            # A torch.func transform inside fn brings its own tensors.
-            engine = func in _ENGINE and not transforms_active()
-            if engine or (func in _ASKING and id(args[0]) in self._params):
-                self.seen = True
-                raise _NeedsGrad
-        return func(*args, **kwargs) if kwargs else func(*args)
-
-
-_ENGINE = {torch.Tensor.backward, torch.autograd.grad}
-_ASKING = {
-    cast("Any", torch.Tensor.requires_grad).__get__,
-    cast("Any", torch.Tensor.grad).__get__,
-    torch.Tensor.register_hook,
-    torch.Tensor.retain_grad,
-}
-_WATCHED = _ENGINE | _ASKING  # each operation of fn is looked up once
-
-
-def wants_grad(error: BaseException) -> bool:
-    """Whether fn failed since a differentiated argument does not require grad."""
-    return isinstance(error, _NeedsGrad) or any(sign in str(error) for sign in ("not require grad", "NoneType"))
-
-
-def refuses_grad(error: BaseException) -> bool:
-    """Whether fn failed since a differentiated argument requires grad, which numpy will not have."""
-    return "numpy() on Tensor that requires grad" in str(error)
