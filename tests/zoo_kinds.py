@@ -390,7 +390,7 @@ def transformer_encoder_in_eval_mode_padded():
     return Encodes(0.3).eval(), _padded()
 
 
-@kind
+@kind(fused=True)
 def transformer_encoder_in_eval_mode_padded_not_nested():
     return Encodes(0.3, nested=False).eval(), _padded()
 

@@ -42,8 +42,8 @@ def cores() -> int:
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a device; those of the whole memory where it does not tell."""
     if device.type == "cpu":
-        pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}) else None
-        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages else 1 << 62
+        known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 1 << 62
     # Some kinds of device, Apple's for one, do not tell what memory is free.
     info = getattr(torch.get_device_module(device), "mem_get_info", None)
     return 1 << 62 if info is None else int(info(device)[0])

@@ -101,7 +101,7 @@ def reach(value: Any, name: str | None = None, *, held: bool = False) -> Iterato
             kept.append(here.value)
         yield here
         inner = []
-        if held and isinstance(here.value, types.FunctionType) and here.first is None and "_hooks[" not in here.path:
+        if held and is_of_author(here):
             continue
         for step, part in parts(here.value):
             found = Reached(step.behind(here.path), part, step if step.kind in _VARIABLES else here.first)
@@ -114,6 +114,11 @@ def reach(value: Any, name: str | None = None, *, held: bool = False) -> Iterato
                 known.add(word)
                 inner.extend(unknown.pop(word, ()))
         stack.extend(reversed(inner))
+
+
+def is_of_author(here: Reached) -> bool:
+    """Return whether a thing is a function whose variables are its author's own: none that hooks lead to."""
+    return isinstance(here.value, types.FunctionType) and here.first is None and "_hooks[" not in here.path
 
 
 def parts(value: Any) -> Iterator[tuple[Step, Any]]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from zograd._base.reach import is_array, is_generator, is_tool, of_library, reach, slots, stored_globals
+from zograd._base.reach import is_array, is_generator, is_of_author, is_tool, of_library, reach, slots, stored_globals
 from zograd._base.torch_private import REGISTRIES, memory
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class Things:
         self.cells: list[tuple[str, Any]] = []
         seen: set[int] = set()
         for here in self.reached:
+            if held and is_of_author(here):
+                continue
             for path, cell in _cells(here.path, here.value):
                 if id(cell) not in seen:
                     seen.add(id(cell))

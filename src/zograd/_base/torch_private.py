@@ -146,33 +146,38 @@ def wrapper(kind: type[Any], like: torch.Tensor) -> Any:
 
 _watching = threading.local()
 _installing = threading.Lock()
-_installed = 0
+_watches = 0
 
 
-@contextlib.contextmanager
-def engine_watched(tell: Callable[[], None]) -> Iterator[None]:
-    """Call ``tell`` before autograd's engine runs in this thread.
-
-    Yields:
-        Nothing.
-    """
+def watch_engine(tell: Callable[[], None] | None) -> Callable[[], None] | None:
+    """Have ``tell`` called before autograd's engine runs in this thread; return what was called so far."""
     # A function mode would see `backward` and `grad`, too, and lets fused encoders take another path. Every way into
     # the engine from Python asks its module for this one function; nothing public stands there.
-    global _installed, _run_engine
+    global _watches, _run_engine
     with _installing:
-        if not _installed:
+        if not _watches:
             _run_engine = vars(torch.autograd)["_engine_run_backward"]
             vars(torch.autograd)["_engine_run_backward"] = _watched_engine
-        _installed += 1
+        _watches += 1
     outer, _watching.tell = getattr(_watching, "tell", None), tell
-    try:
-        yield
-    finally:
-        _watching.tell = outer
-        with _installing:
-            _installed -= 1
-            if not _installed:
-                vars(torch.autograd)["_engine_run_backward"] = _run_engine
+    return outer
+
+
+def unwatch_engine(outer: Callable[[], None] | None) -> None:
+    """Undo :func:`watch_engine`, which returned ``outer``."""
+    # Without a watch under way, torch is as it was.
+    global _watches
+    _watching.tell = outer
+    with _installing:
+        _watches -= 1
+        if not _watches:
+            vars(torch.autograd)["_engine_run_backward"] = _run_engine
+
+
+def own_code(scope: dict[str, Any]) -> bool:
+    """Return whether globals are those of torch's compiler, printer and the like."""
+    # They ask tensors about their gradients on their own account, and not on fn's.
+    return bool(scope.get("__name__", "").startswith("torch._"))
 
 
 def _run_engine(*args: Any, **keywords: Any) -> Any:
@@ -193,13 +198,6 @@ def writes(tensor: torch.Tensor) -> int:
     """Return a number that changes with each write in place; that of a tensor made in inference mode does not."""
     # autograd's own counter. It misses `.data` and numpy; a comparison of values would read all parameters.
     return 0 if tensor.is_inference() else tensor._version
-
-
-def viewed(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the tensor that a tensor is a view of, if it is one."""
-    # A view of a parameter, made before the call, is the parameter. Only torch knows; asked past all modes.
-    with torch._C.DisableTorchFunction():
-        return tensor._base
 
 
 def as_parameter(tensor: torch.Tensor) -> None:

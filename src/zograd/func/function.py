@@ -20,8 +20,7 @@ from zograd._base.trees import Arguments, Form, Space, flatten, sigma_per_leaf, 
 from zograd.estimate.estimate import estimate
 from zograd.estimate.settings import Settings
 from zograd.evaluators.task.answer import Facts
-from zograd.evaluators.task.grad_use import refuses_grad, wants_grad
-from zograd.evaluators.task.objective import Objective
+from zograd.evaluators.task.objective import Objective, refuses_grad, wants_grad
 from zograd.evaluators.task.points import check_radii
 from zograd.evaluators.task.returned import as_tensor, function_name
 from zograd.func.autograd import attach, is_tracked

@@ -91,6 +91,17 @@ class _ZeroOrderModule(nn.Module):
     def _trainable(self) -> dict[str, nn.Parameter]:
         with settled(self):
             parameters = dict(self.named_parameters())
+            buffers = self.named_buffers()
+            lazy = [
+                n
+                for n, x in (*parameters.items(), *buffers)
+                if isinstance(x, (nn.UninitializedParameter, nn.UninitializedBuffer))
+            ]
+        if lazy:
+            raise RuntimeError(
+                f"`{type(self).__name__}`: no shape is known of {', '.join(lazy)} before the first call of a "
+                "lazy module: call it once with an input, under `torch.no_grad()`."
+            )
         if not parameters:
             raise RuntimeError(f"The module has no parameters.{self._without_parameters}")
         return {name: p for name, p in parameters.items() if p.requires_grad}

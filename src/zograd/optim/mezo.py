@@ -15,7 +15,7 @@ from zograd._base.trees import Leaves, Space, unsupported
 from zograd.distributions.adapter import adapt
 from zograd.distributions.directions import Directions
 from zograd.errors import NonFiniteError, ReplayError
-from zograd.evaluators.task.grad_use import wants_grad
+from zograd.evaluators.task.objective import wants_grad
 from zograd.evaluators.task.points import check_radii, warn_below_resolution
 from zograd.evaluators.task.returned import as_tensor
 from zograd.optim.descent import update
