@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -279,11 +280,10 @@ def test_memory():
     x.zero_()
     view.copy_(kept)
     assert x.tolist() == [0, 1, 2, 3], what
-    for sparse, parts in (
-        (torch.eye(2).to_sparse(), 2),
-        (torch.eye(2).to_sparse_csr(), 3),
-        (torch.eye(2).to_sparse_csc(), 3),
-    ):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # compressed layouts are in beta
+        sparse_ones = [(torch.eye(2).to_sparse(), 2), (torch.eye(2).to_sparse_csr(), 3)]
+    for sparse, parts in sparse_ones:
         assert len(private.memory(sparse)) == parts, what
     assert private.memory(torch.empty(2, device="meta")) is None, what
 
