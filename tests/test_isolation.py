@@ -3,6 +3,7 @@
 import copy
 import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import pytest
@@ -165,3 +166,90 @@ def test_another_thread_waits_for_the_parameters():
     assert len(grads) == 4
     assert all(torch.equal(g, X) for g in grads)
     assert type(net.w) is nn.Parameter
+
+
+class Branch(nn.Module):
+    """The second parameter is read at points alone; the third never."""
+
+    def __init__(self, a=-0.05):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in (a, 1.0))
+        self.c = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self):
+        return self.b if self.a > 0 else self.a * 0
+
+
+def evaluators(tmp_path):
+    yield "loop"
+    yield zograd.evaluators.Journal("loop", tmp_path / "a.journal")
+    yield zograd.evaluators.Journal("loop", tmp_path / "a.journal")  # from the file
+    with ThreadPoolExecutor(2) as threads:
+        yield zograd.evaluators.Pool(threads)
+        yield zograd.evaluators.Journal(zograd.evaluators.Pool(threads), tmp_path / "b.journal")
+
+
+def test_a_parameter_that_only_a_branch_at_some_points_reads_is_used(tmp_path):
+    grads = []
+    for evaluator in evaluators(tmp_path):
+        net = ZeroOrder(Branch(), method="antithetic", num_samples=4000, sigma=0.3, seed=0, evaluator=evaluator)
+        with pytest.warns(
+            zograd.ZeroOrderWarning, match=r"read 1 of its parameters at no point, module\.c: their grad"
+        ):
+            grads.append(net.estimate().grad)
+    assert torch.equal(grads[0]["module.c"], torch.zeros(2, dtype=torch.float64))
+    assert abs(float(grads[0]["module.b"]) - 0.434) < 0.05  # the normal distribution's mass above 1/6
+    assert all(torch.equal(grads[0][n], g[n]) for g in grads for n in g)
+
+
+def test_what_is_not_read_is_zero_in_every_derivative():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.head = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return torch.stack([(self.w * x).sum(), self.w.sum()])
+
+    net = ZeroOrder(Two(), method="antithetic", num_samples=50, sigma=0.1, seed=0)
+    with pytest.warns(zograd.ZeroOrderWarning, match="module.head"):
+        out = net(torch.ones(3))
+    out.sum().backward(retain_graph=True)
+    assert torch.equal(net.module.head.grad, torch.zeros(2))
+    assert net.module.w.grad.abs().min() > 0
+    with pytest.warns(zograd.ZeroOrderWarning, match="module.head"):
+        made = net.estimate(torch.ones(3))
+    assert torch.equal(made.vjp(torch.ones(2))["module.head"], torch.zeros(2))
+
+
+@pytest.mark.parametrize("evaluator", ["loop", "vmap"])
+def test_unread_entries_have_no_second_derivative(evaluator):
+    class Square(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.head = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+        def forward(self):
+            return self.w.square().sum()
+
+    net = ZeroOrder(Square(), method="antithetic", num_samples=400, sigma=0.5, seed=0, evaluator=evaluator)
+    with pytest.warns(zograd.ZeroOrderWarning, match="module.head"):
+        value = net()
+    grads = torch.autograd.grad(value, [net.module.w, net.module.head], create_graph=True)
+    again = torch.autograd.grad(grads[0].sum(), [net.module.w, net.module.head])
+    assert torch.equal(again[1], torch.zeros(2))
+    torch.testing.assert_close(again[0], torch.full((2,), 2.0), rtol=0, atol=1.0)
+
+
+def test_a_family_that_mixes_entries_only_warns():
+    basis = torch.eye(6)[:, :2]
+    net = ZeroOrder(
+        Branch(),
+        distribution=zograd.distributions.Guided(basis[:4]),
+        method="antithetic",
+        num_samples=20,
+        sigma=0.3,
+        seed=0,
+    )
+    with pytest.warns(zograd.ZeroOrderWarning, match=r"moves them all the same"):
+        assert net.estimate().grad["module.c"].abs().sum() > 0

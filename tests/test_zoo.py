@@ -42,11 +42,6 @@ MAY_WARN = {
 ALL = zoo.EVALUATORS
 LATER = [
     (
-        "a parameter that nothing reads moves by noise, or without a warning",
-        ALL,
-        {"unused_head", "weight_kept_in_eval_mode"},
-    ),
-    (
         "attention is refused in threads although it draws nothing",
         ("threads",),
         {

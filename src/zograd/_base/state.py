@@ -46,12 +46,12 @@ class Place(NamedTuple):
     Attributes:
         tensor: the tensor.
         put: puts another one there.
-        path: as its author would write it.
+        cell: what holds it.
     """
 
     tensor: torch.Tensor
     put: Callable[[Any], None]
-    path: str
+    cell: Any
 
 
 class Things:
@@ -92,13 +92,13 @@ class Things:
         Raises:
             TypeError: if one is held where no other can be put.
         """
-        for path, cell in self.cells:
+        for _, cell in self.cells:
             for key, value in _entries(cell):
                 if id(value) in ids:
-                    yield Place(value, _put(cell, key), f"{path}{_text(cell, key)}")
+                    yield Place(value, _put(cell, key), cell)
                 elif isinstance(value, tuple) and _holds(value, ids):
                     for tensor, rebuilt in _inside(value, ids):
-                        yield Place(tensor, _Rebuilding(cell, key, rebuilt).put, f"{path}{_text(cell, key)}")
+                        yield Place(tensor, _Rebuilding(cell, key, rebuilt).put, cell)
 
 
 class State:
@@ -367,10 +367,6 @@ def _put(cell: Any, key: Any) -> Callable[[Any], None]:
     if isinstance(cell, dict):
         return lambda value: _kind(cell).__setitem__(cell, key, value)
     return lambda value: cell.__setitem__(key, value)
-
-
-def _text(cell: Any, key: Any) -> str:
-    return "" if isinstance(cell, types.CellType) else f".{key}" if isinstance(key, str) else f"[{key!r}]"
 
 
 def _kind(cell: Any) -> Any:

@@ -240,6 +240,12 @@ def registries(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[
     return module._parameters, module._buffers, module._modules
 
 
+def set_registry(module: nn.Module, parameters: dict[str, Any]) -> None:
+    """Let a module look for its parameters in another dict."""
+    # `nn.Module.__getattr__` looks for the dict by this name; a hook on reading a parameter does not exist.
+    module.__dict__["_parameters"] = parameters
+
+
 def parametrizations_cached() -> bool:
     """Return whether code runs inside ``parametrize.cached()``."""
     # Its cache would serve all points the weight of one; it cannot be asked or emptied.

@@ -176,11 +176,20 @@ class Objective:
             return
         report.counted = True
         self.facts.learn(report.facts)
+        if self.module is not None:
+            self.module.read |= report.read
         if report.worker is not None:
             self.count(report.evaluations, report.retries, report.failures)
         if report.proof is not None:
             self._proof = self._proof or Proof.of(points)
             self._proof.compare(report.proof, report.worker, typed)
+
+    def unread(self) -> tuple[tuple[int, ...], list[str]]:
+        """Return the leaves that no evaluation has read, by number and by name: known of modules alone."""
+        if self.module is None:
+            return (), []
+        found = [(i, name) for i, name in enumerate(self.module.names) if name not in self.module.read]
+        return tuple(i for i, _ in found), [name for _, name in found]
 
     def count(self, evaluations: int, retries: int = 0, failures: int = 0) -> None:
         """Add evaluations up, and tell who counts them; those of a call that came to nothing are taken off again."""
@@ -505,6 +514,7 @@ class Objective:
         own = copy.copy(self)
         own.__dict__.update(self.__getstate__())
         own.fn, own.arguments, own._others = fn, arguments, _requiring_grad(arguments)
+        own.module = fn if isinstance(fn, ModuleFunction) else None
         return own
 
     def _in_this_thread(self) -> Objective:
@@ -524,6 +534,8 @@ class Objective:
                 yield
             finally:
                 self.stream = None
+                if self.module is not None:
+                    self._report.read = frozenset(self.module.read)
 
     def __getstate__(self) -> dict[str, Any]:
         home = self._home or Home(Modes.here(self.device), self.device, 1 if self.stream is None else self.stream.depth)
