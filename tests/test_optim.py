@@ -101,7 +101,9 @@ def test_frozen_parameters_are_evaluated_as_they_are():
 def test_estimating_drifts_no_bit(dtype, shapes):
     params = parameters(shapes, dtype)
     before = [p.detach().clone() for p in params]
-    opt = trained(params, steps=1000 if shapes is SMALL else 20, loss=lambda p: sum(x.float().sum() for x in p), lr=0.0, sigma=0.1)
+    opt = trained(
+        params, steps=1000 if shapes is SMALL else 20, loss=lambda p: sum(x.float().sum() for x in p), lr=0.0, sigma=0.1
+    )
     assert all(map(torch.equal, params, before))
     assert len({*opt.records.coefficients}) > 10  # and yet the points were other points
 
