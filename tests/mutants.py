@@ -135,10 +135,32 @@ MUTANTS = [
     ),
     Mutant(
         "tied weight counted once",
-        "_base/replica.py",
-        "replaced = self._tensors.get(id(tensor))",
-        "replaced = self._tensors.pop(id(tensor), None)",
+        "_base/isolation.py",
+        "for place in self._places:",
+        "for place in {id(p.tensor): p for p in self._places}.values():",
         ("test_nn.py",),
+    ),
+    Mutant(
+        "state shared between points",
+        "_base/isolation.py",
+        "            self._before.put_back()\n        except BaseException:  # an interrupt",
+        "            pass\n        except BaseException:  # an interrupt",
+        ("test_nn.py", "test_zoo.py"),
+    ),
+    Mutant(
+        "frozen parameter written",
+        "_base/isolation.py",
+        "            if _checksum(x) != old:",
+        "            if False:",
+        ("test_isolation.py",),
+    ),
+    Mutant(
+        "mode only around the center",
+        "evaluators/task/objective.py",
+        "                out = call(params)\n            finally:",
+        "                with torch.overrides.BaseTorchFunctionMode():\n"
+        "                    out = call(params)\n            finally:",
+        ("test_zoo.py",),
     ),
     Mutant(
         "signs of a frame left to QR",

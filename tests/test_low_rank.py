@@ -1,5 +1,7 @@
 """Low-rank directions: the factored points are the dense ones, on modules as they are."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -130,7 +132,7 @@ def estimates(module, inputs, **options):
     """By shared products and by dense points."""
     options = {"method": "antithetic", "num_samples": 5, "sigma": 0.1, "seed": 3, **options}
     return [
-        ZeroOrder(Loss(module), evaluator=evaluator, **options).estimate(*inputs)
+        ZeroOrder(Loss(copy.deepcopy(module)), evaluator=evaluator, **options).estimate(*inputs)  # forward may edit it
         for evaluator in (zograd.evaluators.Vmap(3), zograd.evaluators.Loop())
     ]
 

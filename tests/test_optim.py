@@ -101,7 +101,9 @@ def test_frozen_parameters_are_evaluated_as_they_are():
 def test_estimating_drifts_no_bit(dtype, shapes):
     params = parameters(shapes, dtype)
     before = [p.detach().clone() for p in params]
-    opt = trained(params, steps=1000 if shapes is SMALL else 20, loss=lambda p: p[0].float().sum(), lr=0.0, sigma=0.1)
+    opt = trained(
+        params, steps=1000 if shapes is SMALL else 20, loss=lambda p: sum(x.float().sum() for x in p), lr=0.0, sigma=0.1
+    )
     assert all(map(torch.equal, params, before))
     assert len({*opt.records.coefficients}) > 10  # and yet the points were other points
 
@@ -435,3 +437,43 @@ def test_a_sigma_below_the_resolution_is_warned_of_once():
     ):
         opt.step(lambda: p[0].float().sum())
     opt.step(lambda: p[0].float().sum())
+
+
+class TwoHeads(nn.Module):
+    """The second head is not used, and the branch is by some points."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Linear(3, 2), nn.Parameter(torch.ones(())), nn.Linear(3, 2)
+
+    def forward(self, x):
+        out = self.a(x).square().mean()
+        return out + self.b if out > 0.3 else out
+
+
+@pytest.mark.parametrize("distribution", [None, zograd.distributions.Sphere()], ids=["tiled", "whole"])
+def test_what_the_closure_does_not_use_is_left_alone(distribution):
+    net, x = TwoHeads(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    first = [p.detach().clone() for p in net.parameters()]
+    optimizer = zograd.optim.MeZO(
+        net.named_parameters(), lr=0.1, sigma=0.1, weight_decay=0.1, num_samples=3, distribution=distribution, seed=0
+    )
+    for _ in range(3):
+        with pytest.warns(zograd.ZeroOrderWarning, match=r"used . of the parameters at no point, .*head\.weight, head"):
+            optimizer.step(lambda: net(x))
+    assert torch.equal(net.head.weight, first[-2])
+    assert torch.equal(net.head.bias, first[-1])
+    assert not torch.equal(net.a.weight, first[1])
+    records = zograd.optim.Records.from_state_dict(optimizer.records.state_dict())
+    zograd.replay(records, first, distribution)
+    assert all(map(torch.equal, first, net.parameters()))
+
+
+def test_a_family_that_mixes_entries_moves_what_is_not_used_and_says_so():
+    x = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    guided = zograd.distributions.Guided(torch.eye(4)[:, :2])
+    optimizer = zograd.optim.MeZO(x, lr=0.1, distribution=guided, seed=0)
+    with pytest.warns(zograd.ZeroOrderWarning, match=r"1 of shape \(2,\): Guided.* moves them all the same"):
+        optimizer.step(lambda: (x[0] - 1).square().sum())
+    assert x[1].abs().sum() > 0

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -270,11 +271,53 @@ def test_writes():
         assert private.writes(torch.ones(3)) == 0, what
 
 
-def test_viewed():
-    what = breaks("a module that uses a view of its parameter would be evaluated unperturbed")
-    x = torch.ones(4)
-    assert private.viewed(x) is None, what
-    assert private.viewed(x[:2]) is x, what
+def test_memory():
+    what = breaks("what a module holds would not be put back between points")
+    x = torch.arange(4.0)
+    (view,) = private.memory(x[1:3])
+    assert view.numel() == 16, what
+    kept = view.clone()
+    x.zero_()
+    view.copy_(kept)
+    assert x.tolist() == [0, 1, 2, 3], what
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # compressed layouts are in beta
+        sparse_ones = [(torch.eye(2).to_sparse(), 2), (torch.eye(2).to_sparse_csr(), 3)]
+    for sparse, parts in sparse_ones:
+        assert len(private.memory(sparse)) == parts, what
+    assert private.memory(torch.empty(2, device="meta")) is None, what
+
+
+def test_watch_engine():
+    what = breaks("fn's own backward would pass over the point without a sign")
+    x, told = torch.ones(2, requires_grad=True), []
+    outer = private.watch_engine(lambda: told.append(1))
+    try:
+        x.sum().backward()
+        torch.autograd.grad(x.sum(), x)
+        torch.func.grad(torch.sum)(x)
+        assert told == [1, 1, 1], what
+        thread = threading.Thread(target=lambda: x.sum().backward())  # others are none of its business
+        thread.start()
+        thread.join()
+        assert told == [1, 1, 1], what
+    finally:
+        private.unwatch_engine(outer)
+    x.sum().backward()
+    assert told == [1, 1, 1], what
+
+
+def test_unwatch_engine():
+    what = breaks("torch would be left changed")
+    before = vars(torch.autograd)["_engine_run_backward"]
+    private.unwatch_engine(private.watch_engine(lambda: None))
+    assert vars(torch.autograd)["_engine_run_backward"] is before, what
+
+
+def test_own_code():
+    assert private.own_code({"__name__": "torch._dynamo.guards"})
+    assert not private.own_code({"__name__": "torch.nn.functional"})
+    assert not private.own_code({})
 
 
 def test_as_parameter():

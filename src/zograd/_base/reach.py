@@ -8,6 +8,7 @@ thing has a path, as its author would write it: ``agent.net.weight``. What to do
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import inspect
 import os
@@ -35,6 +36,7 @@ _VARIABLES = ("closure", "global", "default", "partial", "self")
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, bytearray, range, slice, type(Ellipsis))
 _TOOLS = {"asyncio", "concurrent", "io", "_io", "logging", "multiprocessing", "queue", "socket", "_thread", "threading"}
 """Modules of objects that lead to the whole program and hold none of its numbers."""
+_OF_MODULES = frozenset(vars(nn.Module()))
 _OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.Size, torch.Generator)
 
 
@@ -73,7 +75,7 @@ class Reached:
     first: Step | None
 
 
-def reach(value: Any, name: str | None = None) -> Iterator[Reached]:
+def reach(value: Any, name: str | None = None, *, held: bool = False) -> Iterator[Reached]:
     """Walk from a function, a module or another thing to all that it can reach, each thing once.
 
     Of an object's methods those are looked into that are called with the object itself, or that code reached so far
@@ -82,6 +84,7 @@ def reach(value: Any, name: str | None = None) -> Iterator[Reached]:
     Args:
         value: where to begin.
         name: what it is called; by default a function by its name, an object ``self``.
+        held: whether to stop at functions, whose variables are their author's, but for the hooks of modules.
 
     Yields:
         The thing itself, and what it reaches, what is held before what that holds.
@@ -100,6 +103,8 @@ def reach(value: Any, name: str | None = None) -> Iterator[Reached]:
             kept.append(here.value)
         yield here
         inner = []
+        if held and is_of_author(here):
+            continue
         for step, part in parts(here.value):
             found = Reached(step.behind(here.path), part, step if step.kind in _VARIABLES else here.first)
             if step.kind != "method" or step.text[1:] in known:
@@ -111,6 +116,11 @@ def reach(value: Any, name: str | None = None) -> Iterator[Reached]:
                 known.add(word)
                 inner.extend(unknown.pop(word, ()))
         stack.extend(reversed(inner))
+
+
+def is_of_author(here: Reached) -> bool:
+    """Return whether a thing is a function whose variables are its author's own: none that hooks lead to."""
+    return isinstance(here.value, types.FunctionType) and here.first is None and "_hooks[" not in here.path
 
 
 def parts(value: Any) -> Iterator[tuple[Step, Any]]:
@@ -200,6 +210,11 @@ def is_generator(value: Any) -> bool:
     return numpy is not None and isinstance(value, (numpy.Generator, numpy.RandomState, numpy.BitGenerator))
 
 
+def is_tool(value: Any) -> bool:
+    """Return whether a value leads to the whole program and holds none of its numbers, or is this package's own."""
+    return type(value).__module__.partition(".")[0] in {"zograd", *_TOOLS}
+
+
 def _of_function(fn: types.FunctionType) -> Iterator[tuple[Step, Any]]:
     library = of_library(fn)
     if library and of_library(inspect.unwrap(fn)):
@@ -225,8 +240,11 @@ def _of_python_module(name: str, module: types.ModuleType, fn: types.FunctionTyp
 def _of_module(module: nn.Module) -> Iterator[tuple[Step, Any]]:
     for held in (module.named_parameters(recurse=False), module.named_buffers(recurse=False), module.named_children()):
         yield from ((Step("attribute", _attribute(name)), x) for name, x in held)
-    # torch's own attributes begin with an underscore, as those of its hooks.
-    yield from _of_attributes({k: x for k, x in vars(module).items() if not k.startswith("_")})
+    for name, x in attributes(module).items():
+        if name not in _OF_MODULES:
+            yield Step("attribute", _attribute(name)), x
+        elif isinstance(x, OrderedDict):  # hooks
+            yield from ((Step("attribute", f".{name}[{k}]"), hook) for k, hook in x.items())
     yield from _of_class(type(module))
 
 
@@ -234,7 +252,7 @@ def _of_object(value: Any) -> Iterator[tuple[Step, Any]]:
     if "__wrapped__" in getattr(value, "__dict__", {}) and of_library(type(value)):
         yield Step("function", ""), value.__wrapped__  # a cache, or one of our own decorators
         return
-    if type(value).__module__.partition(".")[0] in {"zograd", *_TOOLS}:
+    if is_tool(value):
         return
     yield from _of_attributes(attributes(value))
     if not isinstance(value, types.BuiltinFunctionType):
@@ -285,6 +303,14 @@ def _of_container(value: Any) -> Iterator[tuple[Step, Any]]:
 
 def _attribute(name: str) -> str:
     return f".{name}" if name.isidentifier() else f"[{name}]" if name.isdecimal() else f"[{name!r}]"
+
+
+@functools.lru_cache(maxsize=1024)
+def stored_globals(code: types.CodeType) -> tuple[str, ...]:
+    """Return the globals that code assigns to, itself or in what is defined inside it."""
+    inner = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in stored_globals(c)]
+    own = [i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")]
+    return tuple(dict.fromkeys([*own, *inner]))
 
 
 @functools.lru_cache(maxsize=1024)

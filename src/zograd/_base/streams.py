@@ -277,7 +277,7 @@ class FnStream:
         self._index = CENTER
         self._key = self.key(CENTER)
         self._nested = 0
-        self._vmapped = False
+        self.vmapped: bool = False  # whether the evaluation is a call of torch.vmap for many points
 
     def key(self, index: int) -> int:
         """The seed that ``fn`` sees at direction ``index``."""
@@ -308,13 +308,13 @@ class FnStream:
             self._index = index
             self._key = key(self._seed, Purpose.FN, 0 if self.shared else index + 1)
         self._rows = rows
-        self._vmapped = vmapped
+        self.vmapped = vmapped
         self._nested = 0
         for generator in self._torch.generators:
             generator.manual_seed(self._key)
 
     def current_seed(self) -> int:
-        if self._vmapped:
+        if self.vmapped:
             raise RuntimeError(
                 '`zograd.current_seed()` has no single answer under `evaluator="vmap"`, where one call of fn serves '
                 'many directions: use `evaluator="loop"`, or `evaluator="batched"` with `zograd.current_seeds()`.'
@@ -332,6 +332,9 @@ class FnStream:
                 '`zograd.current_seeds()` is for `evaluator="batched"`: here fn sees one point, use `current_seed()`.'
             )
         return torch.tensor([self.key(i) for i in self._rows], dtype=torch.int64)
+
+    def seed_of_point(self) -> int | None:
+        return None if self.shared or self._index == CENTER else self._key
 
     def nested_seed(self, seed: int) -> int:
         """Salt the seed that a nested estimate was given, the same at every point."""
@@ -378,6 +381,18 @@ def _running() -> FnStream | _PlainStream:
     if stream is None:
         raise RuntimeError("`zograd.current_seed()` is for use inside a function that zograd calls; none is running.")
     return stream
+
+
+def seed_of_point() -> int | None:
+    """Return the seed of the direction that is being evaluated; None at the center, and where all points share it."""
+    stream = _stream.get()
+    return stream.seed_of_point() if isinstance(stream, FnStream) else None
+
+
+def vectorizes() -> bool:
+    """Return whether the evaluation under way is a call of ``torch.vmap`` for many points."""
+    stream = _stream.get()
+    return isinstance(stream, FnStream) and stream.vmapped
 
 
 def current_seed() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ import torch
 from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
 _NOTHING = contextlib.nullcontext()
@@ -141,6 +144,53 @@ def wrapper(kind: type[Any], like: torch.Tensor) -> Any:
     )
 
 
+_watching = threading.local()
+_installing = threading.Lock()
+_watches = 0
+
+
+def watch_engine(tell: Callable[[], None] | None) -> Callable[[], None] | None:
+    """Have ``tell`` called before autograd's engine runs in this thread; return what was called so far."""
+    # A function mode would see `backward` and `grad`, too, and lets fused encoders take another path. Every way into
+    # the engine from Python asks its module for this one function; nothing public stands there.
+    global _watches, _run_engine
+    with _installing:
+        if not _watches:
+            _run_engine = vars(torch.autograd)["_engine_run_backward"]
+            vars(torch.autograd)["_engine_run_backward"] = _watched_engine
+        _watches += 1
+    outer, _watching.tell = getattr(_watching, "tell", None), tell
+    return outer
+
+
+def unwatch_engine(outer: Callable[[], None] | None) -> None:
+    """Undo :func:`watch_engine`, which returned ``outer``."""
+    # Without a watch under way, torch is as it was.
+    global _watches
+    _watching.tell = outer
+    with _installing:
+        _watches -= 1
+        if not _watches:
+            vars(torch.autograd)["_engine_run_backward"] = _run_engine
+
+
+def own_code(scope: dict[str, Any]) -> bool:
+    """Return whether globals are those of torch's compiler, printer and the like."""
+    # They ask tensors about their gradients on their own account, and not on fn's.
+    return bool(scope.get("__name__", "").startswith("torch._"))
+
+
+def _run_engine(*args: Any, **keywords: Any) -> Any:
+    """Stand for torch's own, which is noted when it is first replaced."""
+
+
+def _watched_engine(*args: Any, **keywords: Any) -> Any:
+    tell = getattr(_watching, "tell", None)
+    if tell is not None:
+        tell()
+    return _run_engine(*args, **keywords)
+
+
 # ------------------------------------------------------------------------------------------------ tensors and modules
 
 
@@ -150,17 +200,34 @@ def writes(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def viewed(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the tensor that a tensor is a view of, if it is one."""
-    # A view of a parameter, made before the call, is the parameter. Only torch knows; asked past all modes.
-    with torch._C.DisableTorchFunction():
-        return tensor._base
-
-
 def as_parameter(tensor: torch.Tensor) -> None:
     """Let ``isinstance(tensor, nn.Parameter)`` be true, whatever wraps the tensor."""
     # Modules ask that of what stands in for their parameters; `nn.Parameter(tensor)` would cut it off from autograd.
     tensor._is_param = True
+
+
+def memory(tensor: torch.Tensor) -> list[torch.Tensor] | None:
+    """Return the memory of a tensor as bytes: of its storage, or of each part of a sparse one; None if it has none.
+
+    Writing there is no write that autograd counts, and reaches whatever else is a view of the same storage.
+    """
+    # `indices()` and `values()` of a sparse tensor raise before it is coalesced; other layouts name theirs in public.
+    parts = [tensor]
+    if tensor.layout == torch.sparse_coo:
+        parts = [tensor._indices(), tensor._values()]
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    elif tensor.layout == torch.jagged:
+        parts = [tensor.values(), tensor.offsets()]  # type: ignore[attr-defined]
+    try:
+        storages = [part.untyped_storage() for part in parts]
+        if any(storage.nbytes() and not storage.data_ptr() for storage in storages):
+            return None  # that of a wrapper, or on the meta device
+        return [torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in storages]
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 REGISTRIES = ("_parameters", "_buffers", "_modules")
@@ -171,6 +238,12 @@ def registries(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[
     """Return the parameters, buffers and submodules of a module itself, None at names that are declared empty."""
     # `named_parameters()` and the like leave the empty ones out, and cannot be written to.
     return module._parameters, module._buffers, module._modules
+
+
+def set_registry(module: nn.Module, parameters: dict[str, Any]) -> None:
+    """Let a module look for its parameters in another dict."""
+    # `nn.Module.__getattr__` looks for the dict by this name; a hook on reading a parameter does not exist.
+    module.__dict__["_parameters"] = parameters
 
 
 def parametrizations_cached() -> bool:

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import optree
 import torch
 
+from zograd._base.torch_private import memory
+
 _tree_flatten: Callable[[Any], tuple[list[Any], optree.PyTreeSpec]] = optree.tree_flatten
 
 Leaves: TypeAlias = tuple[torch.Tensor, ...]
@@ -173,6 +175,8 @@ def unsupported(p: torch.Tensor) -> str | None:
         return "a meta tensor (without values)"
     if hasattr(p, "device_mesh"):
         return "a DTensor (differentiate its local part)"
+    if type(p) not in (torch.Tensor, torch.nn.Parameter) and memory(p) is None:
+        return f"a {type(p).__name__}, which wraps other tensors,"
     return None
 
 

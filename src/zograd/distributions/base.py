@@ -36,6 +36,8 @@ class Distribution(ABC):
     """Whether ``draw`` may run in a second thread while ``fn`` is evaluated, and gains by it."""
     factored: ClassVar[bool] = False
     """Whether points have a form that shares the parameters between directions, by ``factor`` and ``mirrored``."""
+    mixes: ClassVar[bool] = False
+    """Whether an entry of the mean is made of several of the gradient's."""
     centered: ClassVar[bool] = True
     """Whether the directions' mean is zero; if not, only a scheme's differences make a gradient."""
     finite: ClassVar[bool] = False

@@ -45,6 +45,7 @@ class Directions:
         self.block: int = distribution.rows(space, num)
         self.replayable: bool = distribution.replayable(space)
         self._used = num  # how many of them the estimate is a mean over
+        self.unread: tuple[int, ...] = ()  # leaves that fn never reads, of which every mean is zero
         self.prefetch: bool | None = False  # make the next span in a second thread; None: where it gains
         self._span = range(0)
         self._noise: Noise = ()
@@ -214,6 +215,10 @@ class WeightedMean:
             rows = min(d.block, d.num - self._done) - self._waiting.shape[0]
             self.add(self._waiting.new_zeros(rows, space.slices))
         assert self._sum is not None
+        if d.unread:
+            leaves = space.split(self._sum)
+            for i in d.unread:
+                leaves[i].zero_()
         divisor = (len(d) if num is None else num) / d.distribution.scale(space)
         if len(set(self._sigma)) == 1:
             return self._sum.div_(divisor * self._sigma[0])
@@ -232,8 +237,10 @@ def contract(directions: Directions, sigma: tuple[float, ...], coefficients: tor
 def project(directions: Directions, sigma: tuple[float, ...], vector: torch.Tensor) -> torch.Tensor:
     """Return the transpose of :func:`contract`: ``eps_i . vector / (N sigma)``, float64 of shape (N, slices)."""
     space, family = directions.space, directions.distribution
-    leaves = zip(space.split(vector), sigma, strict=True)
-    scaled = space.join(tuple(leaf / radius for leaf, radius in leaves))
+    leaves = [leaf / radius for leaf, radius in zip(space.split(vector), sigma, strict=True)]
+    for i in directions.unread:
+        leaves[i].zero_()
+    scaled = space.join(tuple(leaves))
     with space.full_precision():
         dots = [family.dot(space, directions.noise(lo, hi), scaled) for lo, hi in directions.blocks()]
     return torch.cat(dots)[: len(directions)].double() * (family.scale(space) / len(directions))

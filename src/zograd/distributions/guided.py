@@ -74,6 +74,7 @@ class Guided(Dense):
     """
 
     parallel: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
 
     def __init__(self, basis: Any, alpha: float = 0.5) -> None:
         self.alpha: float = float(checks.number(alpha, "`Guided(alpha=...)`", checks.UNIT))

@@ -25,6 +25,7 @@ from zograd.estimate.settings import (
     check_survivors,
     combine,
     finite_rows,
+    leaves_unread,
     survivors,
     warn_of_dropped,
 )
@@ -82,6 +83,8 @@ def estimate(
             coefficients.append(combine(s, piece, center))  # sum_j w_j * values_ij
             if scalar:
                 mean.add(coefficients[-1])
+        if objective.module is not None:
+            directions.unread = leaves_unread(s, objective)
         gradient = mean.result(num) if scalar else None  # mean_i coeff_i * eps_i / sigma
         made = Estimate(
             value=value,

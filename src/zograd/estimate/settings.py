@@ -170,6 +170,24 @@ def check_survivors(drop: Drop, lost: int, num: int, name: str) -> None:
         )
 
 
+def leaves_unread(settings: Settings, objective: Objective) -> tuple[int, ...]:
+    """Return the leaves whose gradient is zero since no evaluation has read them, and say so."""
+    unread, names = objective.unread()
+    if not names:
+        return ()
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    mixes = settings.distribution.mixes
+    what = f"{settings.distribution} moves them all the same" if mixes else "their gradient is zero"
+    warnings.warn(
+        f"{objective.name} read {len(names)} of its parameters at no point, {listed}: {what}. Usual reasons: a head "
+        "that the loss does not use, adapters that are merged or disabled (`eval()` merges some), a weight kept from "
+        "an earlier call, code that reads it past Python (TorchScript, `torch.cond`).",
+        ZeroOrderWarning,
+        stacklevel=2,
+    )
+    return () if mixes else unread
+
+
 def warn_of_dropped(lost: int, num: int, name: str) -> None:
     """The gradient is there, and who reads it should know of what."""
     warnings.warn(

@@ -22,6 +22,7 @@ from zograd.evaluators.task.answer import Answer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from zograd._base.isolation import ModuleFunction
     from zograd.evaluators.task.objective import Objective
     from zograd.evaluators.task.points import Points
 
@@ -136,7 +137,17 @@ class Distributed(Evaluator):
                 raise ValueError(f"the inner evaluator must yield {share.mine} directions, got {len(values)}.")
             return values
 
-        return gather(exchange, share, Outcome.of(evaluate), fn.name, math.prod(row))
+        values = gather(exchange, share, Outcome.of(evaluate), fn.name, math.prod(row))
+        if fn.module is not None:
+            self._share_read(exchange, fn.module)
+        return values
+
+    def _share_read(self, exchange: Exchange, module: ModuleFunction) -> None:
+        """Let every rank know which parameters of a module any of them has read."""
+        names = module.names
+        mine = bytes(name in module.read for name in names)
+        for theirs in exchange.gather(mine):
+            module.read |= {name for name, read in zip(names, theirs, strict=True) if read}
 
     def __repr__(self) -> str:
         group = "" if self.group is None else f"{self.group!r}, "

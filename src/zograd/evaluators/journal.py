@@ -176,6 +176,12 @@ class _Recorded:
         self._rows = file.read(key)
         self._pending: dict[int, bytes] = {}  # not finite: of use only if the estimate comes to its end
         self.center: bytes | None = self._rows.pop(CENTER, None)
+        self._read: set[str] = set()  # names of a module's parameters that the file's values have read
+        for point in [point for point in self._rows if point < CENTER]:
+            self._read.update(json.loads(self._rows.pop(point)))
+        if fn.module is not None:
+            fn.module.begin()
+            fn.module.read |= self._read
         if fn.policy.drop is None:  # what another policy gave up, this one has to evaluate
             self._rows = {point: data for point, data in self._rows.items() if all_finite(from_bytes(data))}
 
@@ -267,6 +273,10 @@ class _Recorded:
         return self.values(start, start + count).to(values.device)
 
     def _keep(self, rows: dict[int, bytes], *, finite: bool) -> None:
+        if self.fn.module is not None and (names := self.fn.module.read - self._read):
+            # Before the values, so that a run that goes on does not take what they read for unread.
+            self._file.write(self._key, {CENTER - 1 - len(self._read): json.dumps(sorted(names)).encode()})
+            self._read |= names
         if not finite:
             self._pending.update(rows)
         elif rows:

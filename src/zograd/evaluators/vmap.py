@@ -111,5 +111,6 @@ _SIGNS = (
     "batchedtensor",
     "batching rule",
     "doesn't have storage",  # of `numpy()`, `tolist()` and `data_ptr()`
+    "expand is unsupported for",  # of a sparse tensor that meets many points
     "match the broadcast shape",  # of writing in place to a tensor that all directions share; the center could
 )

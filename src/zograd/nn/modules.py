@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import nn
 
-from zograd._base.isolation import ModuleFunction
+from zograd._base.isolation import ModuleFunction, Written, settled
 from zograd._base.streams import plain_call
 from zograd.distributions.adapter import Sampled
 from zograd.distributions.gaussian import Gaussian
@@ -89,15 +89,29 @@ class _ZeroOrderModule(nn.Module):
         self.zero_order_options.load_state_dict(state, f"`{type(self).__name__}.load_state_dict(...)`")
 
     def _trainable(self) -> dict[str, nn.Parameter]:
-        parameters = dict(self.named_parameters())
+        with settled(self):
+            parameters = dict(self.named_parameters())
+            buffers = self.named_buffers()
+            lazy = [
+                n
+                for n, x in (*parameters.items(), *buffers)
+                if isinstance(x, (nn.UninitializedParameter, nn.UninitializedBuffer))
+            ]
+        if lazy:
+            raise RuntimeError(
+                f"`{type(self).__name__}`: no shape is known of {', '.join(lazy)} before the first call of a "
+                "lazy module: call it once with an input, under `torch.no_grad()`."
+            )
         if not parameters:
             raise RuntimeError(f"The module has no parameters.{self._without_parameters}")
         return {name: p for name, p in parameters.items() if p.requires_grad}
 
     def _function(self, trainable: dict[str, nn.Parameter]) -> ZeroOrderFunction[Any]:
-        facts = self.__dict__.setdefault("_zero_order_facts", Facts())
+        facts, written = self.__dict__.setdefault("_zero_order_facts", (Facts(), Written()))
         return ZeroOrderFunction(
-            ModuleFunction(self, {id(p): name for name, p in trainable.items()}), self._resolved_options(), facts
+            ModuleFunction(self, {id(p): name for name, p in trainable.items()}, written),
+            self._resolved_options(),
+            facts,
         )
 
     def _resolved_options(self) -> Options:

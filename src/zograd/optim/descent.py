@@ -19,10 +19,11 @@ def update(params: Leaves, groups: list[Group], directions: Directions, coeffici
     """One step of gradient descent on the estimate, leaf by leaf and run by run."""
     settings = [group for group in groups for _ in group.trained]
     chosen = [params[i] for group in groups for i in group.trained]
+    still = {k for k, i in enumerate(i for group in groups for i in group.trained) if i in settings[k].unused}
     with directions.space.full_precision():
         gradient = _gradient(directions, coefficients, tuple(group.sigma for group in settings))
         for k, (param, group) in enumerate(zip(chosen, settings, strict=True)):
-            if group.lr == 0:
+            if group.lr == 0 or k in still:
                 continue
             contiguous = param.detach().contiguous()
             flat = contiguous.view(-1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,7 @@ from zograd._base.torch_private import writes
 from zograd._base.trees import Leaves, Space, unsupported
 from zograd.distributions.adapter import adapt
 from zograd.distributions.directions import Directions
-from zograd.errors import NonFiniteError, ReplayError
+from zograd.errors import NonFiniteError, ReplayError, ZeroOrderWarning
 from zograd.evaluators.task.objective import wants_grad
 from zograd.evaluators.task.points import check_radii, warn_below_resolution
 from zograd.evaluators.task.returned import as_tensor
@@ -198,7 +200,7 @@ class MeZO(torch.optim.Optimizer):
                 "update need. Draw from torch's random functions in `sample`."
             )
         dtype = directions.space.dtype
-        values = _evaluate(closure, chosen, directions, sigma, len(self.records), running)
+        values, used = _evaluate(closure, chosen, directions, sigma, len(self.records), running)
         sides = torch.tensor(values, dtype=torch.float64)
         coefficients: list[float] = ANTITHETIC.combine(sides, torch.zeros((), dtype=torch.float64)).to(dtype).tolist()
         if not all(map(math.isfinite, coefficients)):
@@ -206,9 +208,27 @@ class MeZO(torch.optim.Optimizer):
                 f"`MeZO.step(closure)`: the closure's values, up to {max(abs(v) for row in values for v in row):.3g}, "
                 f"have differences beyond the range of {dtype}; the parameters are as before the step. Scale the loss."
             )
+        unused = [i for k, i in enumerate(i for g in groups for i in g.trained) if k not in used and params[i].numel()]
+        if unused:
+            self._warn_of_unused(unused, params)
+            if not self.distribution.mixes:
+                groups = [replace(g, unused=tuple(i for i in g.trained if i in unused)) for g in groups]
         update(params, groups, directions, coefficients)
         append(self.records, directions.seed, coefficients, groups, params)
         return sides.mean().to(dtype)
+
+    def _warn_of_unused(self, unused: list[int], params: Leaves) -> None:
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        listed = ", ".join(names[i] if names else f"{i} of shape {tuple(params[i].shape)}" for i in unused[:8])
+        moved = f"{self.distribution} moves them all the same" if self.distribution.mixes else "they stay as they are"
+        warnings.warn(
+            f"`MeZO.step(closure)`: the closure used {len(unused)} of the parameters at no point, {listed}: {moved}. "
+            "Usual reasons: a head that the loss does not use, adapters that are merged or disabled, a weight kept "
+            "from an earlier call, code past Python (TorchScript, `torch.cond`, another thread, callables inside "
+            "torch's losses).",
+            ZeroOrderWarning,
+            stacklevel=4,
+        )
 
     def _params(self) -> Leaves:
         return tuple(p for group in self.param_groups for p in group["params"])
@@ -323,10 +343,11 @@ def _evaluate(
     sigma: tuple[float, ...],
     step: int,
     running: RunningEstimate,
-) -> list[list[float]]:
-    """The closure's values at each direction's two points."""
+) -> tuple[list[list[float]], set[int]]:
+    """The closure's values at each direction's two points, and the parameters that it used."""
     before = list(map(writes, params))
     values: list[list[float]] = []
+    used: set[int] = set()
     with FnStream(directions.seed, directions.space.device, shared=False) as stream:
         for i in range(len(directions)):
             values.append([])
@@ -334,13 +355,15 @@ def _evaluate(
                 stream.at(i)
                 point = _Point(params, directions, i, tuple(side * s for s in sigma))
                 running.count()
-                values[-1].append(_value(closure, Overlay(params, point), step, i, side))
+                overlay = Overlay(params, point)
+                values[-1].append(_value(closure, overlay, step, i, side))
+                used |= overlay.used
     if before != list(map(writes, params)):
         raise RuntimeError(
             "`MeZO.step(closure)`: the closure wrote to a parameter in place, past torch's Python functions; the "
             "values are of no point. Write to parameters outside the closure."
         )
-    return values
+    return values, used
 
 
 def _value(closure: Callable[[], Any], overlay: Overlay, step: int, i: int, side: float) -> float:

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Group:
-    """The settings of a parameter group at a step, and which parameters it trains."""
+    """The settings of a parameter group at a step, which parameters it trains, and which of them were not used."""
 
     lr: float
     sigma: float
     weight_decay: float
     trained: tuple[int, ...]
+    unused: tuple[int, ...] = ()
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Records:
             "coefficients": torch.tensor(self.coefficients, dtype=torch.float64 if self.double else torch.float32),
             "shapes": [list(shape) for shape in self.shapes],
             "changes": [
-                (step, [(g.lr, g.sigma, g.weight_decay, list(g.trained)) for g in groups])
+                (step, [(g.lr, g.sigma, g.weight_decay, list(g.trained), list(g.unused)) for g in groups])
                 for step, groups in self.changes
             ],
         }
@@ -125,7 +126,10 @@ class Records:
             array("I", state["seeds"].to(torch.int64).tolist()),
             array("d" if double else "f", state["coefficients"].tolist()),
             [tuple(shape) for shape in state["shapes"]],
-            [(step, [Group(a, b, c, tuple(d)) for a, b, c, d in groups]) for step, groups in state["changes"]],
+            [
+                (step, [Group(a, b, c, tuple(d), tuple(e)) for a, b, c, d, e in groups])
+                for step, groups in state["changes"]
+            ],
         )
 
     def save(self, path: str | PathLike[str]) -> None:

@@ -237,7 +237,7 @@ def _taken_apart(
         parameters = {name: p for name, p in given.named_parameters() if p.requires_grad}
         if not parameters:
             raise ValueError(f"`{_CALL}(fn)`: the module {type(given).__name__} has no trainable parameters.")
-        fn = ModuleFunction(given, {id(p): name for name, p in parameters.items()}, watches=False)
+        fn = ModuleFunction(given, {id(p): name for name, p in parameters.items()})
         return fn, None, flatten((parameters, *args), kwargs, (0,))
     if not callable(given):
         raise TypeError(

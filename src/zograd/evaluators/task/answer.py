@@ -80,6 +80,7 @@ class Report:
         facts: what is known about ``fn`` afterwards.
         worker: the process and thread that evaluated; None for the objective's own.
         proof: with a worker's first answer, its version of torch and a digest of its first point.
+        read: names of a module's parameters that the evaluations read.
         counted: whether the estimate's objective has added it up.
     """
 
@@ -89,6 +90,7 @@ class Report:
     facts: Facts = field(default_factory=Facts)
     worker: str | None = None
     proof: Proof | None = None
+    read: frozenset[str] = frozenset()
     counted: bool = False
 
     @classmethod
@@ -102,6 +104,7 @@ class Report:
         )
         for report in reports:
             whole.facts.learn(report.facts)
+            whole.read |= report.read
         return whole
 
 

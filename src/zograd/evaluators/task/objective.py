@@ -6,17 +6,18 @@ import contextlib
 import copy
 import functools
 import math
+import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from zograd._base.execution import Modes
 from zograd._base.isolation import ModuleFunction
 from zograd._base.streams import CENTER, FnStream
-from zograd._base.torch_private import transforms_active
+from zograd._base.torch_private import own_code, transforms_active, unwatch_engine, watch_engine
 from zograd.errors import EvaluationError, WorkerError
 from zograd.evaluators.task.answer import Answer, Facts, Proof, Report
 from zograd.evaluators.task.elsewhere import Home, worker_name
@@ -175,11 +176,20 @@ class Objective:
             return
         report.counted = True
         self.facts.learn(report.facts)
+        if self.module is not None:
+            self.module.read |= report.read
         if report.worker is not None:
             self.count(report.evaluations, report.retries, report.failures)
         if report.proof is not None:
             self._proof = self._proof or Proof.of(points)
             self._proof.compare(report.proof, report.worker, typed)
+
+    def unread(self) -> tuple[tuple[int, ...], list[str]]:
+        """Return the leaves that no evaluation has read, by number and by name: known of modules alone."""
+        if self.module is None:
+            return (), []
+        found = [(i, name) for i, name in enumerate(self.module.names) if name not in self.module.read]
+        return tuple(i for i, _ in found), [name for _, name in found]
 
     def count(self, evaluations: int, retries: int = 0, failures: int = 0) -> None:
         """Add evaluations up, and tell who counts them; those of a call that came to nothing are taken off again."""
@@ -440,8 +450,11 @@ class Objective:
         try:
             if index != CENTER:
                 return call(params)
-            with _WatchAutograd(params) as watch:
+            watch = _WatchAutograd(params, asks=self.module is None)
+            try:
                 out = call(params)
+            finally:
+                watch.end()
             if not watch.seen:
                 return out
         except (RuntimeError, TypeError, _NeedsGrad) as error:
@@ -501,6 +514,7 @@ class Objective:
         own = copy.copy(self)
         own.__dict__.update(self.__getstate__())
         own.fn, own.arguments, own._others = fn, arguments, _requiring_grad(arguments)
+        own.module = fn if isinstance(fn, ModuleFunction) else None
         return own
 
     def _in_this_thread(self) -> Objective:
@@ -520,6 +534,8 @@ class Objective:
                 yield
             finally:
                 self.stream = None
+                if self.module is not None:
+                    self._report.read = frozenset(self.module.read)
 
     def __getstate__(self) -> dict[str, Any]:
         home = self._home or Home(Modes.here(self.device), self.device, 1 if self.stream is None else self.stream.depth)
@@ -541,6 +557,8 @@ class _Estimating(contextlib.AbstractContextManager[None]):
         self._grad = torch.enable_grad()
 
     def __enter__(self) -> None:
+        if self._objective.module is not None:
+            self._objective.module.begin()
         self._stream.__enter__()
         self._objective.stream = self._stream
         self._grad.__enter__()  # user code needs it, whoever calls us: an inner training loop is the main use
@@ -549,8 +567,8 @@ class _Estimating(contextlib.AbstractContextManager[None]):
         self._grad.__exit__(*error)
         self._objective.stream = None
         self._stream.__exit__(*error)
-        if error[0] is None and self._objective.module is not None:
-            self._objective.module.commit()
+        if self._objective.module is not None:
+            self._objective.module.end(commit=error[0] is None)
 
 
 def all_finite(values: torch.Tensor) -> bool:
@@ -576,38 +594,89 @@ class _NeedsGrad(BaseException):
     """fn is about to use autograd at a point that does not require grad; not for its own ``except Exception``."""
 
 
-class _WatchAutograd(TorchFunctionMode):
+class _WatchAutograd:
     """Stops fn where it first uses autograd, before anything has happened that a second try would repeat.
 
     Without this, ``backward()`` on a loss of a point and of a tensor that does require grad would pass over the point,
-    and an optimizer likewise: the value would be another than in a plain call, without any sign.
+    and an optimizer likewise: the value would be another than in a plain call, without any sign. It is no mode of
+    torch's, under which fused encoders take another path than at the other points.
+
+    Args:
+        params: the point.
+        asks: whether a question about a tensor's gradient counts, too; a module's parameters answer it themselves.
     """
 
-    def __init__(self, params: Leaves) -> None:
-        super().__init__()
-        self._params = {id(p) for p in params}
+    def __init__(self, params: Leaves, *, asks: bool) -> None:
         self.seen = False
+        self._params = [leaf for leaf in params if type(leaf) is torch.Tensor] if asks else []
+        for leaf in self._params:
+            leaf.__class__ = _Asked
+            leaf.tell = self._tell  # type: ignore[attr-defined]
+        self._outer = watch_engine(self._used)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _WATCHED:
-            # A torch.func transform inside fn brings its own tensors.
-            engine = func in _ENGINE and not transforms_active()
-            if engine or (func in _ASKING and id(args[0]) in self._params):
-                self.seen = True
-                raise _NeedsGrad
-        return func(*args, **kwargs) if kwargs else func(*args)
+    def end(self) -> None:
+        """Watch no longer."""
+        unwatch_engine(self._outer)
+        for leaf in self._params:
+            leaf.__class__ = torch.Tensor
+            del leaf.tell  # type: ignore[attr-defined]
+
+    def _used(self) -> None:
+        if not transforms_active():  # one inside fn brings its own tensors
+            self._tell()
+
+    def _tell(self) -> None:
+        self.seen = True
+        raise _NeedsGrad
 
 
-_ENGINE = {torch.Tensor.backward, torch.autograd.grad}
-_ASKING = {
-    cast("Any", torch.Tensor.requires_grad).__get__,
-    cast("Any", torch.Tensor.grad).__get__,
-    torch.Tensor.register_hook,
-    torch.Tensor.retain_grad,
-}
-_WATCHED = _ENGINE | _ASKING  # each operation of fn is looked up once
+class _Asked(torch.Tensor):
+    """A tensor that tells of questions about its gradient, and is otherwise like any other."""
+
+    __torch_function__ = nn.Parameter.__torch_function__  # none: torch takes the path that it takes for plain tensors
+    tell: Callable[[], None]
+
+    @property
+    def requires_grad(self) -> bool:
+        _answered(self)
+        return _plain(self).requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    @property
+    def grad(self) -> torch.Tensor | None:  # type: ignore[override]
+        _answered(self)
+        return None
+
+    def register_hook(self, hook: Callable[..., Any]) -> Any:
+        _answered(self)
+        return super().register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def retain_grad(self) -> None:
+        _answered(self)
+        super().retain_grad()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        memo[id(self)] = copied = self.detach().clone()
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(_plain(self))
+
+
+def _answered(leaf: _Asked) -> None:
+    scope = sys._getframe(2).f_globals
+    if not own_code(scope) and not scope.get("__name__", "").startswith("zograd."):  # an estimate inside fn
+        leaf.tell()
+
+
+def _plain(leaf: torch.Tensor) -> torch.Tensor:
+    return leaf.as_subclass(torch.Tensor)
 
 
 def wants_grad(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn, optim
 
-from zograd._base.isolation import leaves_traces
+from zograd._base.isolation import ModuleFunction
 from zograd._base.reach import attributes, closure, named_globals, of_library, parts, reach, slots
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ def private(fn: Callable[..., Any], leaves: list[Any]) -> tuple[Callable[..., An
     Returns:
         The function and arguments for one thread.
     """
-    roots = leaves if leaves_traces(fn) else [fn, *leaves]  # a module's own function evaluates replicas
-    copies = _Copies(roots)
-    return fn if leaves_traces(fn) else copies.of(fn), [copies.of(x) for x in leaves]
+    own = fn.for_thread() if isinstance(fn, ModuleFunction) else None
+    copies = _Copies(leaves if own is not None else [fn, *leaves])
+    return own or copies.of(fn), [copies.of(x) for x in leaves]
 
 
 def _is_copied(value: Any) -> bool:
