@@ -390,8 +390,9 @@ MUTANTS = [
     Mutant(
         "distributed: what the others evaluated is counted here",
         "evaluators/distributed.py",
-        "        return gather(exchange,",
-        "        fn.evaluations += (hi - lo - share.mine) * len(points.offsets)\n        return gather(exchange,",
+        "        values = gather(exchange, share, Outcome.of(evaluate), fn.name, math",
+        "        fn.evaluations += (hi - lo - share.mine) * len(points.offsets)\n"
+        "        values = gather(exchange, share, Outcome.of(evaluate), fn.name, math",
         (DISTRIBUTED,),
     ),
     Mutant(

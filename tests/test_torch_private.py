@@ -320,6 +320,14 @@ def test_own_code():
     assert not private.own_code({})
 
 
+def test_set_registry():
+    what = breaks("a module would be evaluated unperturbed")
+    layer = nn.Linear(2, 2)
+    private.set_registry(layer, {**private.registries(layer)[0], "weight": torch.zeros(2, 2)})
+    assert layer.weight.sum() == 0, what
+    assert isinstance(layer.bias, nn.Parameter), what
+
+
 def test_as_parameter():
     what = breaks("modules that look for parameters would not find the perturbed ones")
     x = torch.ones(2, requires_grad=True) * 2

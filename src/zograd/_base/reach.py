@@ -241,10 +241,10 @@ def _of_module(module: nn.Module) -> Iterator[tuple[Step, Any]]:
     for held in (module.named_parameters(recurse=False), module.named_buffers(recurse=False), module.named_children()):
         yield from ((Step("attribute", _attribute(name)), x) for name, x in held)
     for name, x in attributes(module).items():
-        if name not in _OF_MODULES:
+        if (name not in _OF_MODULES or name == "training") and not name.startswith("_zero_order"):
             yield Step("attribute", _attribute(name)), x
         elif isinstance(x, OrderedDict):  # hooks
-            yield from ((Step("attribute", f".{name}[{k}]"), hook) for k, hook in x.items())
+            yield from ((Step("attribute", f".{name}[{i}]"), hook) for i, hook in enumerate(x.values()))
     yield from _of_class(type(module))
 
 
