@@ -246,8 +246,9 @@ def instances():
     """One of each kind of thing that a user makes or gets, with words that its repr must have."""
     fn = zograd.zero_order(method="antithetic", num_samples=20, sigma=0.3, seed=5)(lambda x: x.square().sum())
     x, weight = torch.ones(3), torch.nn.Parameter(torch.ones(3))
-    mezo = zograd.optim.MeZO([{"params": [weight]}, {"params": [torch.nn.Parameter(x)], "lr": 0.5}], lr=0.1, seed=1)
-    mezo.step(lambda: weight.sum())
+    other = torch.nn.Parameter(x.clone())
+    mezo = zograd.optim.MeZO([{"params": [weight]}, {"params": [other], "lr": 0.5}], lr=0.1, seed=1)
+    mezo.step(lambda: weight.sum() + other.sum())
     with zograd.Tracker(budget=100) as tracker:
         fn.estimate(x)
     yield fn, "ANTITHETIC num_samples=20 sigma=0.3 seed=5"

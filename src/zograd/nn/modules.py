@@ -152,9 +152,11 @@ class ZeroOrderGradientModule(_ZeroOrderModule):
               \sum_j w_j f(\theta + \sigma c_j \epsilon_i)
 
     The settings are class keywords, inherited by subclasses, and live in one attribute, ``zero_order_options``; an
-    instance can have its own: ``net.zero_order_options = net.zero_order_options.replace(sigma=0.1)``. Every evaluation
-    but the center runs on a replica: parameters are never written, and buffers and attributes change as in one plain
-    call. Frozen parameters are not perturbed, tied ones get the gradient of all their uses.
+    instance can have its own: ``net.zero_order_options = net.zero_order_options.replace(sigma=0.1)``. Every
+    evaluation begins with the module as it was, whatever it holds, and the center alone leaves traces, those of one
+    plain call; ``docs/noise.md`` has the table. While a point is evaluated the module has its tensors for parameters:
+    another thread that calls the module meanwhile sees them. A parameter that no evaluation reads gets zero, and is
+    named in a warning. Frozen parameters are not perturbed, tied ones get the gradient of all their uses.
 
     Subclasses define ``forward(self, ...)``, which returns the objective, and ``sample(self, sample_shape)``, which
     returns directions of that shape with mean 0 and variance 1 for each value.
