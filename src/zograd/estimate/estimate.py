@@ -31,15 +31,17 @@ from zograd.estimate.settings import (
 )
 from zograd.estimate.statistics import Groups, spread
 from zograd.estimate.surrogate import control_variate
-from zograd.evaluators.task.points import Points, warn_below_resolution
+from zograd.evaluators.task.points import PerturbedPoints, warn_below_resolution
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from zograd._base.trees import Leaves, Space
     from zograd.estimate.settings import Settings
+    from zograd.evaluators.base import Evaluator
     from zograd.evaluators.task.answer import Answer
     from zograd.evaluators.task.objective import Objective
+    from zograd.evaluators.task.points import Points
 
 
 def estimate(
@@ -71,7 +73,7 @@ def estimate(
     s = settings
     warn_below_resolution(params, s.sigma, "zero_order")
     directions = Directions(s.distribution, space, seed, s.num_samples)
-    points = Points(params, directions, s.sigma, s.scheme.sides)  # theta + sigma * c_j * eps_i
+    points = PerturbedPoints(params, directions, s.sigma, s.scheme.sides)  # theta + sigma * c_j * eps_i
     with objective.estimating(seed, shared=s.scheme.uses_center):
         center, value = objective.take_center(s.evaluator.center(objective, points), points)
         check_center(s, center, space, objective)
@@ -107,16 +109,16 @@ def estimate(
 
 def _arriving(s: Settings, objective: Objective, points: Points, center: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield float64 values (directions, offsets, *out): as they come, or together if coefficients need all of them."""
-    pieces = _rounds(s, objective, points, center) if s.until else _values(s, objective, points)
-    return pieces if s.shaping is None and s.policy.drop is None else _together(s, objective, points, pieces)
+    arriving = _rounds(s, objective, points, center) if s.until else pieces(s.evaluator, objective, points)
+    return arriving if s.shaping is None and s.policy.drop is None else _together(s, objective, points, arriving)
 
 
 def _together(
-    s: Settings, objective: Objective, points: Points, pieces: Iterator[torch.Tensor]
+    s: Settings, objective: Objective, points: Points, arriving: Iterator[torch.Tensor]
 ) -> Iterator[torch.Tensor]:
     """Yield all values in one piece, the number of dropped directions looked at as they come."""
     drop, kept, lost = s.policy.drop, [], 0
-    for piece in pieces:
+    for piece in arriving:
         kept.append(piece)
         if drop is not None:
             lost += int((~finite_rows(piece)).sum())
@@ -137,7 +139,7 @@ def _rounds(s: Settings, objective: Objective, points: Points, center: torch.Ten
     seen: list[torch.Tensor] = []
     lo, hi = 0, until.first(group)
     while True:
-        for piece in _values(s, objective, points, lo, hi):
+        for piece in pieces(s.evaluator, objective, points, lo, hi):
             seen.append(piece)
             yield piece
         if hi == until.bound:
@@ -151,11 +153,25 @@ def _rounds(s: Settings, objective: Objective, points: Points, center: torch.Ten
         lo, hi = hi, until.following(hi, snr, group)
 
 
-def _values(
-    s: Settings, objective: Objective, points: Points, lo: int = 0, hi: int | None = None
+def pieces(
+    evaluator: Evaluator, objective: Objective, points: Points, lo: int = 0, hi: int | None = None
 ) -> Iterator[torch.Tensor]:
-    """Yield the evaluator's values, checked to be whole and in shape."""
-    answers: Iterator[Answer] = iter(s.evaluator.values(objective, points, lo, hi))
+    """Yield an evaluator's values as they come, checked to be whole and in shape.
+
+    Args:
+        evaluator: what calls ``fn``.
+        objective: the function, with the center's value known.
+        points: where.
+        lo: the first direction.
+        hi: one past the last; None for all.
+
+    Yields:
+        float64 of shape (directions, offsets, *out), in order.
+
+    Raises:
+        ValueError: if the evaluator yields other directions, or values of another shape.
+    """
+    answers: Iterator[Answer] = iter(evaluator.values(objective, points, lo, hi))
     wanted = (len(points.offsets), *objective.shape)
     seen, stop = lo, points.directions.num if hi is None else hi
     try:

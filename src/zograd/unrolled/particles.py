@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from zograd._base.streams import derive
 from zograd.distributions.directions import Directions
 from zograd.errors import NonFiniteError
+from zograd.estimate.estimate import pieces
 from zograd.evaluators.task.points import Points
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from zograd._base.trees import Leaves
     from zograd.evaluators.base import Evaluator
     from zograd.evaluators.task.objective import Objective
@@ -74,24 +73,7 @@ class Particles(Points):
         """Return copies of the parameters and the center's state."""
         return (*(p.clone() for p in self._leaves), self._start.clone())
 
-    def each(self, lo: int, hi: int) -> Iterator[Leaves]:
-        """Yield the points of pairs ``lo`` to ``hi`` one by one."""
-        return (self.point(i, c) for i in range(lo, hi) for c in self.offsets)
-
-    def rows(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Leaves:
-        """Return the points of pairs ``lo`` to ``hi``, offset after offset, with a leading axis of rows."""
-        columns = [self.point(slice(lo, hi), c) for c in offsets]
-        return tuple(map(torch.cat, zip(*columns, strict=True)))
-
-    def factors(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Leaves:
-        """Return the rows themselves: sums of directions have no factors to share."""
-        return self.rows(lo, hi, offsets)
-
-    def of_factors(self, row: Leaves) -> Leaves:
-        """Return the row itself."""
-        return row
-
-    def point(self, i: int | slice, offset: float) -> Leaves:
+    def point(self, i: Any, offset: float) -> Leaves:
         """Return the point of pair ``i``, or of many with a leading axis, at an offset."""
         j, space = SIDES.index(offset), self.directions.space
         eps = space.split(self._shifts[i, j])
@@ -139,10 +121,8 @@ def evaluate(
     num = len(points.directions) if pairs is None else pairs
     with objective.estimating(seed, shared=False):
         center, _ = objective.take_center(evaluator.center(objective, points), points)
-        rows = [objective.take(answer, points) for answer in evaluator.values(objective, points, 0, num)]
+        rows = list(pieces(evaluator, objective, points, 0, num))
     values = torch.cat([*rows, center.new_empty(0, len(SIDES), len(center))])
-    if values.shape[0] != num:
-        raise ValueError(f"the evaluator must yield {num} directions of values, got {values.shape[0]}.")
     result = Values(center[0], center[1:], values[..., 0], values[..., 1:])
     _check(result, objective.name)
     return result

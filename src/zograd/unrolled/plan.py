@@ -127,9 +127,9 @@ class Run:
             if running.trackers:
                 evaluations = objective.evaluations
                 running.finish(self._seed, value.item(), flat.norm().item(), evaluations=evaluations, failures=0)
-        losses = values.losses
+        differences = settings.scheme.combine(values.losses, torch.zeros_like(values.loss))
         return Estimate(
-            value, losses, losses, directions.again(), settings, objective.evaluations, 0, flat, values.loss
+            value, values.losses, differences, directions.again(), settings, objective.evaluations, 0, flat, values.loss
         )
 
     def _directions(self, seed: int) -> Directions:

@@ -29,7 +29,7 @@ from zograd.func.options import Options
 from zograd.schemes import ANTITHETIC
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from zograd._base.trees import Leaves
     from zograd.distributions.base import Distribution
@@ -59,14 +59,10 @@ class GivenPoints(Points):
         """Return the center."""
         return self.params
 
-    def point(self, i: int, offset: float) -> Leaves:
+    def point(self, i: Any, offset: float) -> Leaves:
         """Return a copy of point ``i``."""
         del offset
         return tuple([row[i].clone() for row in self._rows])
-
-    def each(self, lo: int, hi: int) -> Iterator[Leaves]:
-        """Yield copies of the points ``lo`` to ``hi`` one by one."""
-        return (self.point(i, 1.0) for i in range(lo, hi))
 
     def rows(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Leaves:
         """Return the points ``lo`` to ``hi`` with a leading axis."""

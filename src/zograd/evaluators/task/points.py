@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +15,7 @@ from zograd.errors import ZeroOrderWarning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Self
 
     from zograd._base.trees import Leaves
     from zograd.distributions.base import Noise
@@ -24,14 +26,14 @@ _CLEAR = {dtype: 100 * torch.finfo(dtype).eps for dtype in (torch.float32, torch
 """Radii that :func:`warn_below_resolution` looks at no further; half precision always is."""
 
 
-class Points:
-    """Where ``fn`` is evaluated: point ``i * len(offsets) + j`` is ``params + offsets[j] * sigma * eps_i``.
+class Points(ABC):
+    """Points as evaluators see them: point ``i * len(offsets) + j`` is that of direction i at ``offsets[j]``.
 
-    A point is made when it is asked for, as tensors that ``fn`` may write to. Points pickle without the directions that
-    they hold: another process makes those from the seed.
+    A subclass says where the center and a point is. A point is made when it is asked for, as tensors that ``fn`` may
+    write to.
 
     Args:
-        params: the differentiated leaves, detached.
+        params: all that the points depend on besides the directions, detached.
         directions: the directions.
         sigma: the smoothing radius of each leaf.
         offsets: the scheme's offsets without the center.
@@ -56,7 +58,32 @@ class Points:
         i, j = divmod(number, len(self.offsets))
         return self.point(i, self.offsets[j])
 
-    def only(self, offsets: tuple[float, ...]) -> Points:
+    @abstractmethod
+    def center(self) -> Leaves:
+        """Return a copy of the center."""
+
+    @abstractmethod
+    def point(self, i: Any, offset: float) -> Leaves:
+        """Return the point of direction ``i``, or of a slice of them with a leading axis, at an offset."""
+
+    def each(self, lo: int, hi: int) -> Iterator[Leaves]:
+        """Yield the points of directions ``lo`` to ``hi`` one by one."""
+        return (self.point(i, c) for i in range(lo, hi) for c in self.offsets)
+
+    def rows(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Leaves:
+        """Return the points of directions ``lo`` to ``hi``, offset after offset, with a leading axis of rows."""
+        columns = [self.point(slice(lo, hi), c) for c in offsets]
+        return tuple(map(torch.cat, zip(*columns, strict=True)))
+
+    def factors(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Noise:
+        """Return what the points of :meth:`rows` are made of, by rows, for :meth:`of_factors`."""
+        return self.rows(lo, hi, offsets)
+
+    def of_factors(self, row: Noise) -> Leaves:
+        """Return the point of one row of :meth:`factors`; called inside ``torch.vmap``."""
+        return row
+
+    def only(self, offsets: tuple[float, ...]) -> Self:
         """Return the points at these offsets, which share the directions in memory."""
         if offsets == self.offsets:
             return self
@@ -64,7 +91,7 @@ class Points:
         some.offsets = offsets
         return some
 
-    def copy(self) -> Points:
+    def copy(self) -> Self:
         """Return the same points with directions of their own in memory, for another thread."""
         own = copy.copy(self)
         own.directions = copy.copy(self.directions)
@@ -74,11 +101,35 @@ class Points:
         """Return the point of direction 0 at the scheme's first offset, by which processes compare their points."""
         return self.point(0, self._first)
 
+    def spans(self, chunk: int, lo: int = 0, hi: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yield spans of about ``chunk`` directions that cover ``lo`` to ``hi``.
+
+        A span lies within one block or is made of whole blocks: otherwise a block would have to be drawn twice.
+
+        Yields:
+            The bounds of each span, in order.
+        """
+        stop, block = len(self.directions) if hi is None else hi, self.directions.block
+        step = chunk // block * block or chunk
+        while lo < stop:
+            whole = chunk >= block and lo % block == 0
+            end = lo + step if whole else min(lo + chunk, (lo // block + 1) * block)
+            yield lo, min(end, stop)
+            lo = end
+
+
+class PerturbedPoints(Points):
+    """Where ``fn`` is evaluated: point ``i * len(offsets) + j`` is ``params + offsets[j] * sigma * eps_i``.
+
+    They pickle without the directions that they hold: another process makes those from the seed. Blocks of directions
+    are shifted together, and families that keep the parameters apart from their low-rank change have factors.
+    """
+
     def center(self) -> Leaves:
         """Return a copy of the parameters."""
         return tuple([p.clone() for p in self.params])
 
-    def point(self, i: int, offset: float) -> Leaves:
+    def point(self, i: Any, offset: float) -> Leaves:
         """Return the point of direction ``i`` at an offset."""
         d, row = self.directions, tuple([part[0] for part in self._parts(i, i + 1)])
         return d.distribution.shift(d.space, self.params, row, self._scales[offset])
@@ -104,35 +155,16 @@ class Points:
         return rows
 
     def factors(self, lo: int, hi: int, offsets: tuple[float, ...]) -> Noise:
-        """Return what the points of :meth:`rows` are made of, by rows, for :meth:`of_factors`.
-
-        It serves families that keep the parameters apart from their low-rank change; elsewhere a row is the point.
-        """
+        """Return the factors of the points' change, where the family has them; elsewhere a row is the point."""
         d = self.directions
         if not d.distribution.factored:
             return self.rows(lo, hi, offsets)
         return d.distribution.mirrored(d.space, self._parts(lo, hi), offsets)
 
     def of_factors(self, row: Noise) -> Leaves:
-        """Return the point of one row of :meth:`factors`; called inside ``torch.vmap``."""
+        """Return the point of one row of :meth:`factors`."""
         d = self.directions
         return d.distribution.factor(d.space, self.params, row, self.sigma) if d.distribution.factored else row
-
-    def spans(self, chunk: int, lo: int = 0, hi: int | None = None) -> Iterator[tuple[int, int]]:
-        """Yield spans of about ``chunk`` directions that cover ``lo`` to ``hi``.
-
-        A span lies within one block or is made of whole blocks: otherwise a block would have to be drawn twice.
-
-        Yields:
-            The bounds of each span, in order.
-        """
-        stop, block = len(self.directions) if hi is None else hi, self.directions.block
-        step = chunk // block * block or chunk
-        while lo < stop:
-            whole = chunk >= block and lo % block == 0
-            end = lo + step if whole else min(lo + chunk, (lo // block + 1) * block)
-            yield lo, min(end, stop)
-            lo = end
 
     def _parts(self, lo: int, hi: int) -> Noise:
         d = self.directions
