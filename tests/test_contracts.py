@@ -867,3 +867,33 @@ def test_an_engine_of_threads_shares_nothing_by_mistake(failures):
         many = zero_order(**settings, evaluator=InThreads())(fn).estimate(torch.zeros(300))
     assert torch.equal(one.grad, many.grad)
     assert (one.evaluations, one.failures) == (many.evaluations, many.failures)
+
+
+class Remembering(torch.nn.Module):
+    """Another function if two threads share it: it writes what it was called with, waits, and reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = None
+
+    def forward(self, x):
+        self.last = x
+        time.sleep(0.001)
+        return (self.last * x).sum()
+
+
+class Held:
+    """A module one step deeper than a global."""
+
+    def __init__(self, module):
+        self.module = module
+
+
+HELD = Held(Remembering())
+
+
+@pytest.mark.parametrize("reads", [lambda x: HELD.module(x), Remembering().forward], ids=["global", "method"])
+def test_an_engine_of_threads_has_copies_of_modules(reads):
+    fn = zero_order(method="antithetic", num_samples=20, sigma=0.1, seed=0)(reads)
+    alone = fn.estimate(torch.ones(3)).grad
+    assert torch.equal(fn.replace(evaluator=InThreads()).estimate(torch.ones(3)).grad, alone)

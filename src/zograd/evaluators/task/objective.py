@@ -9,6 +9,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
@@ -20,6 +21,7 @@ from zograd._base.streams import CENTER, FnStream
 from zograd._base.torch_private import own_code, transforms_active, unwatch_engine, watch_engine
 from zograd.errors import EvaluationError, WorkerError
 from zograd.evaluators.task.answer import Answer, Facts, Proof, Report
+from zograd.evaluators.task.copies import private
 from zograd.evaluators.task.elsewhere import Home, worker_name
 from zograd.evaluators.task.failed import center_not_finite, not_finite, repeated
 from zograd.evaluators.task.returned import as_tensor, function_name
@@ -103,6 +105,7 @@ class Objective:
         self._thread = threading.get_ident()
         self._home: Home | None = None  # what holds there, where the objective is not at home
         self._proof: Proof | None = None
+        self._threads: dict[int, Objective] = {}  # that other threads evaluate
 
     @property
     def name(self) -> str:
@@ -517,9 +520,20 @@ class Objective:
         own.module = fn if isinstance(fn, ModuleFunction) else None
         return own
 
+    def of_thread(self) -> Objective:
+        """Return this objective for the thread that asks, whose function shares no module with that of another."""
+        thread = threading.get_ident()
+        if thread not in self._threads:
+            fn, leaves = self.fn, self.arguments.leaves
+            if threading.current_thread() is not threading.main_thread():
+                fn, leaves = private(fn, leaves)
+            self._threads[thread] = self.for_thread(fn, replace(self.arguments, leaves=leaves))
+        return self._threads[thread]
+
     def _in_this_thread(self) -> Objective:
-        own = self.for_thread(self.fn, self.arguments)
-        own._proof = Proof("", b"")  # of the same process
+        own = self.of_thread()
+        own.facts, own.shape = copy.copy(self.facts), self.shape
+        own._proof = own._proof or Proof("", b"")  # of the same process
         return own
 
     @contextlib.contextmanager
@@ -540,7 +554,7 @@ class Objective:
     def __getstate__(self) -> dict[str, Any]:
         home = self._home or Home(Modes.here(self.device), self.device, 1 if self.stream is None else self.stream.depth)
         here = ("stream", "counted", "arrived", "_proof")
-        parts = {"facts": copy.copy(self.facts), "_others": [], "_report": Report(), "_home": home}
+        parts = {"facts": copy.copy(self.facts), "_others": [], "_report": Report(), "_home": home, "_threads": {}}
         return {**self.__dict__, **dict.fromkeys(here), **parts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import pickle
 import threading
 import uuid
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,7 +15,6 @@ import torch
 from zograd.errors import WorkerError
 from zograd.evaluators.task.answer import Answer, Facts, Report
 from zograd.evaluators.task.elsewhere import worker_name
-from zograd.evaluators.workers.copies import private
 from zograd.evaluators.workers.process import settle
 from zograd.evaluators.workers.shipping import pack
 
@@ -41,7 +40,7 @@ class Job:
         key: what tasks call it by.
         home: the process that made it.
         context: for threads of that process.
-        copies: function and points of each thread.
+        points_of: those of each thread.
     """
 
     fn: Objective
@@ -51,21 +50,17 @@ class Job:
     key: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
     home: int = field(default_factory=os.getpid)
     context: contextvars.Context | None = None
-    copies: dict[int, tuple[Objective, Points]] = field(default_factory=dict)
+    points_of: dict[int, Points] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "copies": {}, "context": None}
+        return {**self.__dict__, "points_of": {}, "context": None}
 
     def of_this_thread(self) -> tuple[Objective, Points]:
         """Return function and points that no other thread uses."""
         thread = threading.get_ident()
-        if thread not in self.copies:
-            fn, leaves = self.fn.fn, self.fn.arguments.leaves
-            if threading.current_thread() is not threading.main_thread():
-                fn, leaves = private(fn, leaves)
-            own = self.fn.for_thread(fn, replace(self.fn.arguments, leaves=leaves))
-            self.copies[thread] = own, self.points.copy()
-        return self.copies[thread]
+        if thread not in self.points_of:
+            self.points_of[thread] = self.points.copy()
+        return self.fn.of_thread(), self.points_of[thread]
 
 
 at_home: dict[bytes, Job] = {}
