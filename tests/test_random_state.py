@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -701,3 +703,22 @@ def test_sides_come_in_one_vectorized_call_until_fn_is_seen_to_draw(method):
     assert (again.evaluations, len(calls)) == (1 + 8 * sides, 1 + sides)
     exact = f.replace(evaluator="loop").estimate(torch.zeros(3))
     torch.testing.assert_close(again.coefficients.std(), exact.coefficients.std(), rtol=0.9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_without_dropout_draws_nothing_in_threads(dtype, causal):
+    """torch marks the operator as random whatever its dropout is."""
+    x = torch.randn(2, 3, 4, 8, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+    def fn(w, p):
+        attended = torch.nn.functional.scaled_dot_product_attention(x * w, x, x, dropout_p=p, is_causal=causal)
+        time.sleep(1e-4)
+        return attended.sum()
+
+    decorated = zero_order(method="antithetic", num_samples=50, sigma=0.1, seed=0)(fn)
+    w = torch.ones((), dtype=dtype)
+    alone = decorated.estimate(w, 0.0).grad
+    with ThreadPoolExecutor(2) as threads:
+        together = [threads.submit(decorated.estimate, w, 0.0) for _ in range(2)]
+        assert all(torch.equal(made.result().grad, alone) for made in together)

@@ -41,18 +41,6 @@ MAY_WARN = {
 # Not right yet: why, under which evaluators, which kinds. Whoever mends one takes it out.
 ALL = zoo.EVALUATORS
 LATER = [
-    (
-        "attention is refused in threads although it draws nothing",
-        ("threads",),
-        {
-            "multihead_attention_in_eval_mode",
-            "multihead_attention_without_weights",
-            "scaled_dot_product_attention",
-            "transformer_decoder_layer_in_eval_mode",
-            "transformer_encoder_in_eval_mode_padded",
-            "transformer_encoder_in_eval_mode_padded_not_nested",
-        },
-    ),
     ("the center draws other numbers than the points, not being a row of the vmap", ("vmap",), {"transformer_encoder"}),
     (
         "refused with a wrong cause",

@@ -169,6 +169,8 @@ def _local_draws() -> type[Any]:
             if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
                 return func(*args, **kwargs)
             overload = _overload_with_generator(func)
+            if overload is None and _draws_nothing(func, args, kwargs):
+                return func(*args, **kwargs)
             if overload is None:
                 raise SharedStreamError(
                     f"`{func}` drew from torch's global random stream in thread {threading.current_thread().name!r} "
@@ -180,6 +182,15 @@ def _local_draws() -> type[Any]:
             return overload(*args, **kwargs, generator=self.generators[device])
 
     return LocalDraws
+
+
+def _draws_nothing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a random operator is called such that it draws no number, as attention without dropout is."""
+    for i, argument in enumerate(schema(func).arguments):
+        if argument.name in ("dropout_p", "train", "training"):
+            given = args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
+            return given is not None and not given
+    return False
 
 
 def _overload_with_generator(func: Any) -> Any:
