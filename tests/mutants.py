@@ -136,8 +136,8 @@ MUTANTS = [
     Mutant(
         "tied weight counted once",
         "_base/isolation.py",
-        "for place in self._places:",
-        "for place in {id(p.tensor): p for p in self._places}.values():",
+        "{k: new[identity] for k, identity in own.items()}}",
+        "{k: new.pop(identity, parameters[k]) for k, identity in own.items()}}",
         ("test_nn.py",),
     ),
     Mutant(
@@ -146,6 +146,34 @@ MUTANTS = [
         "            self._before.put_back()\n        except BaseException:  # an interrupt",
         "            pass\n        except BaseException:  # an interrupt",
         ("test_nn.py", "test_zoo.py"),
+    ),
+    Mutant(
+        "unused parameter moved",
+        "distributions/directions.py",
+        "                leaves[i].zero_()",
+        "                pass",
+        ("test_isolation.py",),
+    ),
+    Mutant(
+        "unused parameter moved by MeZO",
+        "optim/descent.py",
+        "if group.lr == 0 or k in still:",
+        "if group.lr == 0:",
+        ("test_optim.py",),
+    ),
+    Mutant(
+        "a branch's parameter zeroed",
+        "_base/isolation.py",
+        "{k: self._names[i] for k, i in own.items()}, self._read))",
+        "{k: self._names[i] for k, i in own.items()}, set() if self._after else self._read))",
+        ("test_isolation.py",),
+    ),
+    Mutant(
+        "what workers read is forgotten",
+        "evaluators/task/objective.py",
+        "self.module.read |= report.read",
+        "pass",
+        ("test_isolation.py",),
     ),
     Mutant(
         "frozen parameter written",
@@ -160,7 +188,7 @@ MUTANTS = [
         "                out = call(params)\n            finally:",
         "                with torch.overrides.BaseTorchFunctionMode():\n"
         "                    out = call(params)\n            finally:",
-        ("test_zoo.py",),
+        ("test_isolation.py",),
     ),
     Mutant(
         "signs of a frame left to QR",

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
@@ -253,3 +254,50 @@ def test_a_family_that_mixes_entries_only_warns():
     )
     with pytest.warns(zograd.ZeroOrderWarning, match=r"moves them all the same"):
         assert net.estimate().grad["module.c"].abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("evaluator", ["loop", "vmap"])
+def test_a_frozen_encoder_takes_torch_s_fused_path_at_the_center_and_at_the_points(evaluator):
+    """Padded places are zero there, and not on the other path: a difference of the two is no slope."""
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            self.body = nn.TransformerEncoder(layer, 1).eval().requires_grad_(False)
+            self.w = nn.Parameter(torch.ones(8))
+
+        def forward(self, x, mask):
+            return (self.body(x, src_key_padding_mask=mask) * self.w).sum()
+
+    torch.manual_seed(1)
+    x, mask = torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
+    mask[0, 2:] = True
+    net = Padded()
+    right = net.body(x, src_key_padding_mask=mask).sum((0, 1))
+    made = ZeroOrder(net, Coordinate(), "forward", None, 2.0**-4, evaluator=evaluator).estimate(x, mask)
+    torch.testing.assert_close(made.grad["module.w"], right, rtol=1e-3, atol=1e-3)
+
+
+def test_threads_wait_for_each_other_where_a_copy_would_be_another_function():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+        def forward(self, x):
+            return other(self.w * x)
+
+    class Other(nn.Module):
+        def forward(self, x):
+            self.last = x
+            time.sleep(1e-3)
+            return self.last.sum()
+
+    other, grads = Other(), []
+    with ThreadPoolExecutor(4) as threads:
+        for evaluator in ("loop", zograd.evaluators.Pool(threads)):
+            grads.append(ZeroOrder(Reads(), **EXACT, evaluator=evaluator).estimate(X).grad["module.w"])
+    assert torch.equal(*grads)

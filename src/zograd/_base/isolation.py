@@ -22,7 +22,7 @@ from torch import nn
 
 from zograd._base.digest import Digest
 from zograd._base.execution import free_memory
-from zograd._base.reach import is_array, of_library
+from zograd._base.reach import is_array, of_library, slots
 from zograd._base.state import LIMIT, Place, State, Things, can_change
 from zograd._base.streams import derive, seed_of_point, vectorizes
 from zograd._base.torch_private import as_parameter, memory, parametrizations_cached, registries, set_registry
@@ -186,6 +186,8 @@ class _Held:
         self._things = Things(self._module)
         around = Things(self._module, held=False)
         self._aliases = _aliases(around, self._trained)
+        own = set(map(id, self._parts))
+        self._meets_others = any(isinstance(h.value, nn.Module) and id(h.value) not in own for h in around.reached)
         registered = {id(parameters) for parameters, _ in self._registered}
         places = list(around.places(self._trained.keys() | self._aliases.keys()))
         self._places = [place for place in places if id(place.cell) not in registered]
@@ -217,7 +219,7 @@ class _Held:
             return False
         if self._after is not None and any(self._after.of_classes.get(k) is not x for k, x in shared.items()):
             return False
-        return all(_copies(here.value) for here in self._things.reached)
+        return not self._meets_others and all(map(_copies, (self._module, *self._things.held())))
 
     def put(self, params: dict[str, torch.Tensor]) -> None:
         """Let the tensors of a point stand in the places of the parameters."""
@@ -459,7 +461,11 @@ def _copies(value: Any) -> bool:
     """Return whether a thing that a module holds is copied with it, or needs no copy."""
     if isinstance(value, torch.Tensor):
         return value.grad_fn is None and value.layout == torch.strided
-    return not isinstance(value, (types.FunctionType, types.MethodType, functools.partial)) or of_library(value)
+    if isinstance(value, nn.Module):
+        return not slots(type(value))
+    if isinstance(value, types.FunctionType):
+        return of_library(value)
+    return not isinstance(value, (types.MethodType, functools.partial))
 
 
 def _seed(generator: Any, seed: int) -> None:

@@ -80,6 +80,15 @@ class Things:
         self.cells += [(path, cell) for path, cell in others.cells if id(cell) not in cells]
         self.reached += [here for here in others.reached if id(here.value) not in reached]
 
+    def held(self) -> Iterator[Any]:
+        """Yield what the cells hold, and what tuples there hold."""
+        stack = [value for _, cell in self.cells for _, value in _entries(cell)]
+        while stack:
+            value = stack.pop()
+            yield value
+            if isinstance(value, tuple):
+                stack.extend(value)
+
     def places(self, ids: Collection[int]) -> Iterator[Place]:
         """Yield where tensors are held.
 
