@@ -267,7 +267,7 @@ def test_a_frozen_encoder_takes_torch_s_fused_path_at_the_center_and_at_the_poin
             torch.manual_seed(0)
             layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
             self.body = nn.TransformerEncoder(layer, 1).eval().requires_grad_(False)
-            self.w = nn.Parameter(torch.ones(8))
+            self.w = nn.Parameter(torch.arange(8.0))  # a normalized layer's sum is zero on both paths
 
         def forward(self, x, mask):
             return (self.body(x, src_key_padding_mask=mask) * self.w).sum()
@@ -301,3 +301,22 @@ def test_threads_wait_for_each_other_where_a_copy_would_be_another_function():
         for evaluator in ("loop", zograd.evaluators.Pool(threads)):
             grads.append(ZeroOrder(Reads(), **EXACT, evaluator=evaluator).estimate(X).grad["module.w"])
     assert torch.equal(*grads)
+
+
+def test_what_functions_in_a_list_of_the_user_s_read_is_their_own():
+    """A name that looks like torch's hooks is none of them."""
+
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.my_hooks = nn.Parameter(torch.ones(3)), [lambda: mine.append(1)]
+            self.register_forward_hook(lambda *_: its.append(1))
+
+        def forward(self, x):
+            self.my_hooks[0]()
+            return (self.w * x).sum()
+
+    mine, its = [], []
+    ZeroOrder(Calls(), **EXACT)(torch.ones(3)).backward()
+    assert len(mine) == 7
+    assert len(its) == 1

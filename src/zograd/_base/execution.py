@@ -39,14 +39,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device; those of the whole memory where it does not tell."""
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that are free on a device; None where it does not tell."""
     if device.type == "cpu":
         known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 1 << 62
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
     # Some kinds of device, Apple's for one, do not tell what memory is free.
     info = getattr(torch.get_device_module(device), "mem_get_info", None)
-    return 1 << 62 if info is None else int(info(device)[0])
+    return None if info is None else int(info(device)[0])
 
 
 @contextlib.contextmanager

@@ -23,12 +23,12 @@ from torch import nn
 from zograd._base.digest import Digest
 from zograd._base.execution import free_memory
 from zograd._base.reach import is_array, of_library, slots
-from zograd._base.state import LIMIT, Place, State, Things, can_change
+from zograd._base.state import LIMIT, Place, State, Things, bit_generator, can_change
 from zograd._base.streams import derive, seed_of_point, vectorizes
 from zograd._base.torch_private import as_parameter, memory, parametrizations_cached, registries, set_registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
 _locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _locking = threading.Lock()
@@ -97,6 +97,21 @@ class ModuleFunction:
         finally:
             held.put_back()
         return out
+
+    @contextlib.contextmanager
+    def estimating(self) -> Iterator[None]:
+        """Hold the module; at the end it has what the center left, or nothing of it after an exception.
+
+        Yields:
+            Nothing.
+        """
+        self.begin()
+        try:
+            yield
+        except BaseException:
+            self.end(commit=False)
+            raise
+        self.end(commit=True)
 
     def end(self, *, commit: bool) -> None:
         """Let the module have what the center left, or nothing of it, now that the estimate is done or failed."""
@@ -474,7 +489,7 @@ def _seed(generator: Any, seed: int) -> None:
     elif isinstance(generator, random.Random):
         generator.seed(seed)
     else:
-        bits = getattr(generator, "bit_generator", getattr(generator, "_bit_generator", generator))
+        bits = bit_generator(generator)
         bits.state = type(bits)(seed).state
 
 
@@ -494,24 +509,13 @@ def _fits_twice(tensors: Iterable[torch.Tensor]) -> bool:
     sizes: dict[torch.device, int] = {}
     for t in tensors:
         sizes[t.device] = sizes.get(t.device, 0) + t.numel() * t.element_size()
-    return all(size <= LIMIT or size < free_memory(device) // 2 for device, size in sizes.items())
+    return all(size <= LIMIT or 2 * size < (free_memory(device) or 0) for device, size in sizes.items())
 
 
 def _locks_of(modules: list[nn.Module]) -> list[Any]:
     """Return a lock for each module, in one order for all who take them."""
     with _locking:
         return [_locks.setdefault(m, threading.RLock()) for m in sorted(modules, key=id)]
-
-
-def at_center(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what to call at the center, in place of the function."""
-    return fn.at_center if isinstance(fn, ModuleFunction) else fn
-
-
-def end(fn: Callable[..., Any], *, commit: bool) -> None:
-    """Let the traces of the center stay, or none of them, now that the estimate is over."""
-    if isinstance(fn, ModuleFunction):
-        fn.end(commit=commit)
 
 
 def _again(module: nn.Module, parameters: dict[str, nn.Parameter], written: Written) -> ModuleFunction:

@@ -46,7 +46,7 @@ class Step:
 
     Attributes:
         kind: ``"closure"``, ``"global"``, ``"default"``, ``"partial"``, ``"self"``, ``"function"``, ``"method"``,
-            ``"attribute"`` or ``"entry"``.
+            ``"attribute"``, ``"hook"`` or ``"entry"``.
         text: a name, or what is written behind that of the other: ``.net``, ``[0]``.
     """
 
@@ -68,11 +68,13 @@ class Reached:
         path: as its author would write it.
         value: the thing.
         first: the step from the function that was asked about, or from another that it uses.
+        hooked: whether a hook of a module leads there.
     """
 
     path: str
     value: Any
     first: Step | None
+    hooked: bool = False
 
 
 def reach(value: Any, name: str | None = None, *, held: bool = False) -> Iterator[Reached]:
@@ -106,7 +108,8 @@ def reach(value: Any, name: str | None = None, *, held: bool = False) -> Iterato
         if held and is_of_author(here):
             continue
         for step, part in parts(here.value):
-            found = Reached(step.behind(here.path), part, step if step.kind in _VARIABLES else here.first)
+            first = step if step.kind in _VARIABLES else here.first
+            found = Reached(step.behind(here.path), part, first, here.hooked or step.kind == "hook")
             if step.kind != "method" or step.text[1:] in known:
                 inner.append(found)
             else:
@@ -120,7 +123,7 @@ def reach(value: Any, name: str | None = None, *, held: bool = False) -> Iterato
 
 def is_of_author(here: Reached) -> bool:
     """Return whether a thing is a function whose variables are its author's own: none that hooks lead to."""
-    return isinstance(here.value, types.FunctionType) and here.first is None and "_hooks[" not in here.path
+    return isinstance(here.value, types.FunctionType) and not here.hooked
 
 
 def parts(value: Any) -> Iterator[tuple[Step, Any]]:
@@ -244,7 +247,7 @@ def _of_module(module: nn.Module) -> Iterator[tuple[Step, Any]]:
         if (name not in _OF_MODULES or name == "training") and not name.startswith("_zero_order"):
             yield Step("attribute", _attribute(name)), x
         elif isinstance(x, OrderedDict):  # hooks
-            yield from ((Step("attribute", f".{name}[{i}]"), hook) for i, hook in enumerate(x.values()))
+            yield from ((Step("hook", f".{name}[{i}]"), hook) for i, hook in enumerate(x.values()))
     yield from _of_class(type(module))
 
 

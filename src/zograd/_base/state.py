@@ -189,7 +189,7 @@ class State:
             self._backs.append(lambda: generator.setstate(words))
             self.generators.append((generator, repr(words).encode()))
         else:
-            bits = getattr(generator, "bit_generator", getattr(generator, "_bit_generator", generator))
+            bits = bit_generator(generator)
             held = copy.deepcopy(bits.state)
 
             def back() -> None:
@@ -294,6 +294,11 @@ class _Partial:
                 self.put(kept)
 
         return back
+
+
+def bit_generator(generator: Any) -> Any:
+    """Return the source of a random generator of numpy's, whose state is a dict."""
+    return getattr(generator, "bit_generator", getattr(generator, "_bit_generator", generator))
 
 
 def can_change(value: Any) -> bool:

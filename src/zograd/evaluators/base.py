@@ -6,9 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from zograd._base import checks
+from zograd._base.execution import free_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -152,9 +151,7 @@ def fitting_rows(points: Points) -> int:
     space = points.directions.space
     if points.directions.distribution.factored:
         return _SHARING  # most memory goes to their results, of which nothing is known
-    # Some kinds of device, Apple's for one, do not tell what memory is free.
-    info = None if space.device.type == "cpu" else getattr(torch.get_device_module(space.device), "mem_get_info", None)
-    if info is None:
+    free = None if space.device.type == "cpu" else free_memory(space.device)
+    if free is None:
         return max(1, _CACHE // space.size)
-    free, _ = info(space.device)
-    return max(1, int(free) // (_PARTS * space.size * space.dtype.itemsize))
+    return max(1, free // (_PARTS * space.size * space.dtype.itemsize))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 
 import torch
 
-from zograd._base.isolation import at_center, end
+from zograd._base.isolation import ModuleFunction
 from zograd._base.streams import draw_seed, plain_call
 from zograd._base.torch_private import forward_mode_active, is_transformed, without_function_modes
 from zograd._base.trees import Arguments, Form, Space, flatten, sigma_per_leaf, unsupported
@@ -172,12 +172,10 @@ class ZeroOrderFunction(Generic[P]):
         chosen = tuple(i for i in arguments.chosen if arguments.leaves[i].requires_grad) or arguments.chosen
         arguments = replace(arguments, chosen=chosen)
         built, kwargs = arguments.build(tuple(p.unsqueeze(0) for p in arguments.params()))
-        done = False
-        try:
-            out = plain_call(at_center(self.fn), built, kwargs, rows=1)
-            done = True
-        finally:
-            end(self.fn, commit=done)
+        if not isinstance(self.fn, ModuleFunction):
+            return any_tensor(plain_call(self.fn, built, kwargs, rows=1), self._typed)[0]
+        with self.fn.estimating():
+            out = plain_call(self.fn.at_center, built, kwargs, rows=1)
         return any_tensor(out, self._typed)[0]
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
