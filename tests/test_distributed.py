@@ -243,7 +243,7 @@ def test_without_a_process_group():
 @pytest.mark.parametrize(
     ("settings", "error", "match"),
     [
-        ({"inner": 3}, TypeError, r"`Distributed\(inner=...\)` must be an Evaluator or a name, got int 3"),
+        ({"inner": 3}, TypeError, r"`Distributed\(inner=...\)` must be a name or an Evaluator, got int 3"),
         ({"inner": "pool"}, ValueError, r"`Distributed\(inner=...\)` must be one of 'loop', .* got 'pool'"),
         ({"timeout": "1"}, TypeError, r"`Distributed\(timeout=...\)` must be a number of seconds, got str '1'"),
         ({"timeout": True}, TypeError, "must be a number of seconds, got bool True"),

@@ -986,7 +986,7 @@ def test_it_copies_pickles_compares_and_shows_itself(path):
     ("args", "settings", "error", "match"),
     [
         (("pool", "x"), {}, ValueError, r"`Journal\(inner\)` must be one of 'loop', 'vmap', 'batched' or an Evaluator"),
-        ((Loop, "x"), {}, TypeError, r"`Journal\(inner\)` must be an Evaluator or a name, got ABCMeta"),
+        ((Loop, "x"), {}, TypeError, r"`Journal\(inner\)` must be an instance, got the class Loop: add"),
         (("loop", 3), {}, TypeError, r"`Journal\(path=...\)` must be a path, got int 3"),
         (("loop", "x"), {"key": "k"}, TypeError, r"`Journal\(key=...\)` must be a function or None, got str 'k'"),
     ],

@@ -271,10 +271,10 @@ def test_writes():
         assert private.writes(torch.ones(3)) == 0, what
 
 
-def test_memory():
+def test_storages():
     what = breaks("what a module holds would not be put back between points")
     x = torch.arange(4.0)
-    (view,) = private.memory(x[1:3])
+    (view,) = private.storages(x[1:3])
     assert view.numel() == 16, what
     kept = view.clone()
     x.zero_()
@@ -284,8 +284,8 @@ def test_memory():
         warnings.simplefilter("ignore")  # compressed layouts are in beta
         sparse_ones = [(torch.eye(2).to_sparse(), 2), (torch.eye(2).to_sparse_csr(), 3)]
     for sparse, parts in sparse_ones:
-        assert len(private.memory(sparse)) == parts, what
-    assert private.memory(torch.empty(2, device="meta")) is None, what
+        assert len(private.storages(sparse)) == parts, what
+    assert private.storages(torch.empty(2, device="meta")) is None, what
 
 
 def test_watch_engine():

@@ -25,7 +25,7 @@ from zograd._base.execution import free_memory
 from zograd._base.reach import is_array, of_library, slots
 from zograd._base.state import LIMIT, Place, State, Things, bit_generator, can_change
 from zograd._base.streams import derive, seed_of_point, vectorizes
-from zograd._base.torch_private import as_parameter, memory, parametrizations_cached, registries, set_registry
+from zograd._base.torch_private import as_parameter, parametrizations_cached, registries, set_registry, storages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -128,7 +128,7 @@ class ModuleFunction:
     def for_thread(self) -> ModuleFunction:
         """Return one with a module of its own, for another thread; itself if a copy would be another function."""
         if self._again is None:
-            self._again = self._begun().copies()
+            self._again = self._begun().deep_copies()
         if not self._again:
             return self
         try:
@@ -225,7 +225,7 @@ class _Held:
         if self._written.paths is None:
             self._written.paths = set()
 
-    def copies(self) -> bool:
+    def deep_copies(self) -> bool:
         """Return whether `copy.deepcopy` makes a module that computes the same, with no state in common."""
         if self._aliases or any(vars(p) for p in self._module.parameters()):
             return False
@@ -234,7 +234,7 @@ class _Held:
             return False
         if self._after is not None and any(self._after.of_classes.get(k) is not x for k, x in shared.items()):
             return False
-        return not self._meets_others and all(map(_copies, (self._module, *self._things.held())))
+        return not self._meets_others and all(map(_deep_copies, (self._module, *self._things.held())))
 
     def put(self, params: dict[str, torch.Tensor]) -> None:
         """Let the tensors of a point stand in the places of the parameters."""
@@ -364,7 +364,7 @@ class _Held:
 
 def _aliases(things: Things, trained: dict[int, nn.Parameter]) -> dict[int, tuple[Any, int]]:
     """Return the views of parameters that are held somewhere by their ``id``, with that of the parameter."""
-    owners = [(view.data_ptr(), view.numel(), key) for key, p in trained.items() for view in memory(p) or ()]
+    owners = [(view.data_ptr(), view.numel(), key) for key, p in trained.items() for view in storages(p) or ()]
     found = {}
     for here in things.reached:
         x = here.value
@@ -472,7 +472,7 @@ def _as(leaf: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     return leaf
 
 
-def _copies(value: Any) -> bool:
+def _deep_copies(value: Any) -> bool:
     """Return whether a thing that a module holds is copied with it, or needs no copy."""
     if isinstance(value, torch.Tensor):
         return value.grad_fn is None and value.layout == torch.strided
@@ -498,7 +498,7 @@ def _checksum(value: Any) -> tuple[int, ...]:
     if not isinstance(value, torch.Tensor):
         return (hash(value.tobytes()),)
     sums = []
-    for view in memory(value) or ():
+    for view in storages(value) or ():
         whole = view.numel() // 8 * 8
         sums += [int(view[:whole].view(torch.int64).sum()), int(view[whole:].sum())]
     return tuple(sums)

@@ -36,7 +36,9 @@ _VARIABLES = ("closure", "global", "default", "partial", "self")
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, bytearray, range, slice, type(Ellipsis))
 _TOOLS = {"asyncio", "concurrent", "io", "_io", "logging", "multiprocessing", "queue", "socket", "_thread", "threading"}
 """Modules of objects that lead to the whole program and hold none of its numbers."""
-_OF_MODULES = frozenset(vars(nn.Module()))
+OF_MODULES = frozenset(vars(nn.Module()))
+"""The attributes that every module has, torch's own."""
+
 _OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.Size, torch.Generator)
 
 
@@ -244,7 +246,7 @@ def _of_module(module: nn.Module) -> Iterator[tuple[Step, Any]]:
     for held in (module.named_parameters(recurse=False), module.named_buffers(recurse=False), module.named_children()):
         yield from ((Step("attribute", _attribute(name)), x) for name, x in held)
     for name, x in attributes(module).items():
-        if (name not in _OF_MODULES or name == "training") and not name.startswith("_zero_order"):
+        if (name not in OF_MODULES or name == "training") and not name.startswith("_zero_order"):
             yield Step("attribute", _attribute(name)), x
         elif isinstance(x, OrderedDict):  # hooks
             yield from ((Step("hook", f".{name}[{i}]"), hook) for i, hook in enumerate(x.values()))

@@ -19,8 +19,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from zograd._base.reach import is_array, is_generator, is_of_author, is_tool, of_library, reach, slots, stored_globals
-from zograd._base.torch_private import REGISTRIES, memory
+from zograd._base.reach import (
+    OF_MODULES,
+    is_array,
+    is_generator,
+    is_of_author,
+    is_tool,
+    of_library,
+    reach,
+    slots,
+    stored_globals,
+)
+from zograd._base.torch_private import REGISTRIES, storages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -151,7 +161,7 @@ class State:
             back()
 
     def _keep_tensor(self, path: str, tensor: torch.Tensor, *, always: bool) -> None:
-        views = memory(tensor)
+        views = storages(tensor)
         if views is None:
             self.large.append((path, tensor))
             return
@@ -332,7 +342,7 @@ def _cells(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
     if isinstance(value, nn.Module):
         for name, held in vars(value).items():
-            if type(held) in (dict, OrderedDict) and name in _OF_TORCH:
+            if type(held) in (dict, OrderedDict) and name in OF_MODULES:
                 yield path if name in REGISTRIES else f"{path}.{name}", held
     attributes = getattr(value, "__dict__", None)
     if type(attributes) is dict:
@@ -344,7 +354,6 @@ def _cells(path: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield path, _CLASSES.setdefault(kind, _Attributes(kind, ()))
 
 
-_OF_TORCH = frozenset(vars(nn.Module()))
 _CLASSES: dict[type, _Attributes] = {}
 
 

@@ -149,8 +149,8 @@ _installing = threading.Lock()
 _watches = 0
 
 
-def watch_engine(tell: Callable[[], None] | None) -> Callable[[], None] | None:
-    """Have ``tell`` called before autograd's engine runs in this thread; return what was called so far."""
+def watch_engine(notify: Callable[[], None] | None) -> Callable[[], None] | None:
+    """Have ``notify`` called before autograd's engine runs in this thread; return what was called so far."""
     # A function mode would see `backward` and `grad`, too, and lets fused encoders take another path. Every way into
     # the engine from Python asks its module for this one function; nothing public stands there.
     global _watches, _run_engine
@@ -159,7 +159,7 @@ def watch_engine(tell: Callable[[], None] | None) -> Callable[[], None] | None:
             _run_engine = vars(torch.autograd)["_engine_run_backward"]
             vars(torch.autograd)["_engine_run_backward"] = _watched_engine
         _watches += 1
-    outer, _watching.tell = getattr(_watching, "tell", None), tell
+    outer, _watching.notify = getattr(_watching, "notify", None), notify
     return outer
 
 
@@ -167,7 +167,7 @@ def unwatch_engine(outer: Callable[[], None] | None) -> None:
     """Undo :func:`watch_engine`, which returned ``outer``."""
     # Without a watch under way, torch is as it was.
     global _watches
-    _watching.tell = outer
+    _watching.notify = outer
     with _installing:
         _watches -= 1
         if not _watches:
@@ -185,9 +185,9 @@ def _run_engine(*args: Any, **keywords: Any) -> Any:
 
 
 def _watched_engine(*args: Any, **keywords: Any) -> Any:
-    tell = getattr(_watching, "tell", None)
-    if tell is not None:
-        tell()
+    notify = getattr(_watching, "notify", None)
+    if notify is not None:
+        notify()
     return _run_engine(*args, **keywords)
 
 
@@ -206,7 +206,7 @@ def as_parameter(tensor: torch.Tensor) -> None:
     tensor._is_param = True
 
 
-def memory(tensor: torch.Tensor) -> list[torch.Tensor] | None:
+def storages(tensor: torch.Tensor) -> list[torch.Tensor] | None:
     """Return the memory of a tensor as bytes: of its storage, or of each part of a sparse one; None if it has none.
 
     Writing there is no write that autograd counts, and reaches whatever else is a view of the same storage.
@@ -222,10 +222,10 @@ def memory(tensor: torch.Tensor) -> list[torch.Tensor] | None:
     elif tensor.layout == torch.jagged:
         parts = [tensor.values(), tensor.offsets()]  # type: ignore[attr-defined]
     try:
-        storages = [part.untyped_storage() for part in parts]
-        if any(storage.nbytes() and not storage.data_ptr() for storage in storages):
+        found = [part.untyped_storage() for part in parts]
+        if any(storage.nbytes() and not storage.data_ptr() for storage in found):
             return None  # that of a wrapper, or on the meta device
-        return [torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in storages]
+        return [torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in found]
     except (NotImplementedError, RuntimeError):
         return None
 

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import optree
 import torch
 
-from zograd._base.torch_private import memory
+from zograd._base.torch_private import storages
 
 _tree_flatten: Callable[[Any], tuple[list[Any], optree.PyTreeSpec]] = optree.tree_flatten
 
@@ -175,7 +175,7 @@ def unsupported(p: torch.Tensor) -> str | None:
         return "a meta tensor (without values)"
     if hasattr(p, "device_mesh"):
         return "a DTensor (differentiate its local part)"
-    if type(p) not in (torch.Tensor, torch.nn.Parameter) and memory(p) is None:
+    if type(p) not in (torch.Tensor, torch.nn.Parameter) and storages(p) is None:
         return f"a {type(p).__name__}, which wraps other tensors,"
     return None
 

@@ -113,7 +113,7 @@ class Loop(Evaluator, name="loop"):
         return (fn.evaluate(points, start, stop) for start, stop in points.spans(chunk, lo, hi))
 
 
-def as_evaluator(inner: Evaluator | str, typed: str) -> Evaluator:
+def as_evaluator(inner: Any, typed: str) -> Evaluator:
     """Return the evaluator of a name, or the evaluator itself.
 
     Args:
@@ -129,10 +129,15 @@ def as_evaluator(inner: Evaluator | str, typed: str) -> Evaluator:
     """
     if isinstance(inner, Evaluator):
         return inner
+    if isinstance(inner, type) and issubclass(inner, Evaluator):
+        raise TypeError(f"`{typed}` must be an instance, got the class {inner.__name__}: add `()`.")
     if not isinstance(inner, str):
-        raise TypeError(f"`{typed}` must be an Evaluator or a name, got {type(inner).__name__} {inner!r:.80}.")
+        raise TypeError(f"`{typed}` must be a name or an Evaluator, got {type(inner).__name__} {inner!r:.80}.")
     if inner not in EVALUATORS:
-        raise ValueError(f"`{typed}` must be one of {', '.join(map(repr, EVALUATORS))} or an Evaluator, got {inner!r}.")
+        raise ValueError(
+            f"`{typed}` must be one of {', '.join(map(repr, EVALUATORS))} or an Evaluator, such as "
+            f"`zograd.evaluators.Pool(workers=4)`, got {inner!r}."
+        )
     return EVALUATORS[inner]()
 
 

@@ -12,7 +12,8 @@ from zograd._base import checks
 from zograd._base.trees import numbers
 from zograd.distributions.adapter import adapt
 from zograd.estimate.surrogate import no_surrogate
-from zograd.evaluators import EVALUATORS, Evaluator
+from zograd.evaluators import Evaluator
+from zograd.evaluators.base import as_evaluator
 from zograd.failures import Drop, Policy, Retry
 from zograd.sampling import Until
 from zograd.schemes import SCHEMES, Scheme
@@ -251,18 +252,7 @@ def _sigma(value: Any, typed: str, call: str) -> Any:
 
 
 def _evaluator(value: Any, typed: str, call: str) -> Evaluator:
-    if isinstance(value, Evaluator):
-        return value
-    if isinstance(value, type) and issubclass(value, Evaluator):
-        raise TypeError(f"{typed} must be an instance, got the class {value.__name__}: add `()`.")
-    if not isinstance(value, str):
-        raise TypeError(f"{typed} must be a name or an Evaluator, got {type(value).__name__} {value!r:.80}.")
-    if value not in EVALUATORS:
-        raise ValueError(
-            f"{typed} must be one of {', '.join(map(repr, EVALUATORS))} or an Evaluator, such as "
-            f"`zograd.evaluators.Pool(workers=4)`, got {value!r}."
-        )
-    return EVALUATORS[value]()
+    return as_evaluator(value, typed.strip("`"))
 
 
 def _shaping(value: Any, typed: str, call: str) -> Shaping | None:

@@ -28,7 +28,7 @@ def repeated(
     *,
     drops: bool,
     raises: bool,
-    tell: Callable[[int, int], None],
+    count: Callable[[int, int], None],
 ) -> Value | None:
     """Evaluate one point, or many, as often as a policy says.
 
@@ -38,7 +38,7 @@ def repeated(
         rows: how many points there are, with a row of values each; None for one.
         drops: whether the points may be given up: the center may not.
         raises: whether exceptions of ``fn`` go up as they are.
-        tell: called with the numbers of retries and failures as they happen.
+        count: called with the numbers of retries and failures as they happen.
 
     Returns:
         The values, those not finite that are given up; None if there are none.
@@ -57,7 +57,7 @@ def repeated(
             if not _lost(kept, rows) or not goes_on:
                 return kept
             failed = _lost(value, rows)
-        tell((rows or 1) if left else 0, failed)
+        count((rows or 1) if left else 0, failed)
     return kept
 
 

@@ -384,12 +384,12 @@ class Objective:
     def _tried(self, evaluate: Callable[[], V], index: int, rows: int | None = None, *, raises: bool = False) -> V:
         """Evaluate as often as the policy says, see :func:`repeated`; what is given up is nan."""
 
-        def tell(retries: int, failures: int) -> None:
+        def count(retries: int, failures: int) -> None:
             self._report.retries += retries
             self._report.failures += failures
             self.count(0, retries, failures)
 
-        value = repeated(evaluate, self.policy, rows, drops=index != CENTER, raises=raises, tell=tell)
+        value = repeated(evaluate, self.policy, rows, drops=index != CENTER, raises=raises, count=count)
         return self._given_up(rows) if value is None else value  # type: ignore[return-value]
 
     def _given_up(self, rows: int | None) -> Value:
@@ -453,7 +453,7 @@ class Objective:
         try:
             if index != CENTER:
                 return call(params)
-            watch = _WatchAutograd(params, asks=self.module is None)
+            watch = _WatchAutograd(params, leaves=self.module is None)
             try:
                 out = call(params)
             finally:
@@ -617,15 +617,15 @@ class _WatchAutograd:
 
     Args:
         params: the point.
-        asks: whether a question about a tensor's gradient counts, too; a module's parameters answer it themselves.
+        leaves: whether a question about a tensor's gradient counts, too; a module's parameters answer it themselves.
     """
 
-    def __init__(self, params: Leaves, *, asks: bool) -> None:
+    def __init__(self, params: Leaves, *, leaves: bool) -> None:
         self.seen = False
-        self._params = [leaf for leaf in params if type(leaf) is torch.Tensor] if asks else []
+        self._params = [leaf for leaf in params if type(leaf) is torch.Tensor] if leaves else []
         for leaf in self._params:
-            leaf.__class__ = _Asked
-            leaf.tell = self._tell  # type: ignore[attr-defined]
+            leaf.__class__ = _WatchedLeaf
+            leaf.notify = self._notify  # type: ignore[attr-defined]
         self._outer = watch_engine(self._used)
 
     def end(self) -> None:
@@ -633,26 +633,26 @@ class _WatchAutograd:
         unwatch_engine(self._outer)
         for leaf in self._params:
             leaf.__class__ = torch.Tensor
-            del leaf.tell  # type: ignore[attr-defined]
+            del leaf.notify  # type: ignore[attr-defined]
 
     def _used(self) -> None:
         if not transforms_active():  # one inside fn brings its own tensors
-            self._tell()
+            self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self.seen = True
         raise _NeedsGrad
 
 
-class _Asked(torch.Tensor):
+class _WatchedLeaf(torch.Tensor):
     """A tensor that tells of questions about its gradient, and is otherwise like any other."""
 
     __torch_function__ = nn.Parameter.__torch_function__  # none: torch takes the path that it takes for plain tensors
-    tell: Callable[[], None]
+    notify: Callable[[], None]
 
     @property
     def requires_grad(self) -> bool:
-        _answered(self)
+        _notified(self)
         return _plain(self).requires_grad
 
     @requires_grad.setter
@@ -661,15 +661,15 @@ class _Asked(torch.Tensor):
 
     @property
     def grad(self) -> torch.Tensor | None:  # type: ignore[override]
-        _answered(self)
+        _notified(self)
         return None
 
     def register_hook(self, hook: Callable[..., Any]) -> Any:
-        _answered(self)
+        _notified(self)
         return super().register_hook(hook)  # type: ignore[no-untyped-call]
 
     def retain_grad(self) -> None:
-        _answered(self)
+        _notified(self)
         super().retain_grad()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -683,10 +683,10 @@ class _Asked(torch.Tensor):
         return repr(_plain(self))
 
 
-def _answered(leaf: _Asked) -> None:
+def _notified(leaf: _WatchedLeaf) -> None:
     scope = sys._getframe(2).f_globals
     if not own_code(scope) and not scope.get("__name__", "").startswith("zograd."):  # an estimate inside fn
-        leaf.tell()
+        leaf.notify()
 
 
 def _plain(leaf: torch.Tensor) -> torch.Tensor:
